@@ -1,0 +1,141 @@
+"""`ChunkIndex`: which chunks are kept, in which tier, and whether they are exact.
+
+Pure bookkeeping: ids, sizes and a logical tick. The simulator fills one from a workload, the
+runtime from its store; a policy sees only this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InvariantViolation
+
+
+def content_id_of(token_ids: Sequence[int]) -> str:
+    """Content id of a chunk: 32 hex digits of SHA-256 over its token ids."""
+    data = b"".join(int(t).to_bytes(4, "little") for t in token_ids)
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def chain_id(previous: str, content_id: str) -> str:
+    """Key of a `prefix` entry: chains everything before it. The first chunk chains ''."""
+    return hashlib.sha256(f"{previous}>{content_id}".encode()).hexdigest()[:32]
+
+
+def chunk_key(
+    content_id: str, *, model: str, order: str, dtype: str, tenant: str = "", chain: str = ""
+) -> str:
+    """Store key of one entry: everything that makes its bytes what they are.
+
+    A tenant's salt is part of the key, so no tenant can find another's chunk. `chain` is set
+    for `prefix` entries only.
+    """
+    text = "\0".join(("v1", content_id, chain, model, order, dtype, tenant))
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEntry:
+    """One kept chunk.
+
+    `isolated` was encoded alone (exact only at position 0); `prefix` behind its true prefix.
+    """
+
+    key: str
+    content_id: str
+    n_tokens: int
+    n_bytes: int
+    tier: str
+    kind: Literal["isolated", "prefix"] = "isolated"
+    chain: str = ""
+
+
+class ChunkIndex:
+    """Kept chunks by content, and by chain for exact ones. Least recently used go first."""
+
+    def __init__(self, capacity_bytes: dict[str, int | None] | None = None) -> None:
+        self._capacity = dict(capacity_bytes or {})
+        self._used: dict[str, int] = {}
+        self._isolated: dict[tuple[str, str], ChunkEntry] = {}
+        self._prefix: dict[tuple[str, str], ChunkEntry] = {}
+        self._tick_of: dict[str, int] = {}
+        self._tick = 0
+        self._entries: dict[str, tuple[ChunkEntry, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def used_bytes(self, tier: str) -> int:
+        """Bytes kept in `tier`."""
+        return self._used.get(tier, 0)
+
+    def add(self, entry: ChunkEntry, tenant: str = "") -> list[ChunkEntry]:
+        """Keep `entry`; returns what was evicted to make room.
+
+        An entry larger than its tier is not kept: it comes back as the one evicted.
+        """
+        if entry.key in self._entries:
+            self.discard(entry.key)
+        capacity = self._capacity.get(entry.tier)
+        if capacity is not None and entry.n_bytes > capacity:
+            return [entry]
+        evicted = []
+        while capacity is not None and self.used_bytes(entry.tier) + entry.n_bytes > capacity:
+            victim = min(
+                (e for e, _ in self._entries.values() if e.tier == entry.tier),
+                key=lambda e: self._tick_of[e.key],
+            )
+            self.discard(victim.key)
+            evicted.append(victim)
+        self._entries[entry.key] = (entry, tenant)
+        self._used[entry.tier] = self.used_bytes(entry.tier) + entry.n_bytes
+        if entry.kind == "prefix":
+            self._prefix[tenant, entry.chain] = entry
+        else:
+            self._isolated[tenant, entry.content_id] = entry
+        self._touch(entry.key)
+        return evicted
+
+    def discard(self, key: str) -> None:
+        """Forget an entry; unknown keys are ignored."""
+        found = self._entries.pop(key, None)
+        if found is None:
+            return
+        entry, tenant = found
+        self._used[entry.tier] -= entry.n_bytes
+        del self._tick_of[key]
+        table = self._prefix if entry.kind == "prefix" else self._isolated
+        table.pop((tenant, entry.chain if entry.kind == "prefix" else entry.content_id), None)
+
+    def lookup(self, content_ids: Iterable[str], tenant: str = "") -> list[ChunkEntry | None]:
+        """The best entry for each chunk of a prompt, in order: `prefix` before `isolated`."""
+        found: list[ChunkEntry | None] = []
+        chain = ""
+        for content_id in content_ids:
+            chain = chain_id(chain, content_id)
+            entry = self._prefix.get((tenant, chain)) or self._isolated.get((tenant, content_id))
+            if entry is not None:
+                self._touch(entry.key)
+            found.append(entry)
+        return found
+
+    def check_integrity(self) -> None:
+        """Used bytes equal the sum over entries, tier by tier (INV-4)."""
+        total: dict[str, int] = {}
+        for entry, _ in self._entries.values():
+            total[entry.tier] = total.get(entry.tier, 0) + entry.n_bytes
+        used = {t: n for t, n in self._used.items() if n}
+        if total != used:
+            raise InvariantViolation(f"INV-4 used bytes: index says {used}, entries sum to {total}")
+        for tier, capacity in self._capacity.items():
+            if capacity is not None and self.used_bytes(tier) > capacity:
+                raise InvariantViolation(
+                    f"INV-4 tier {tier} holds {self.used_bytes(tier)} of {capacity} bytes"
+                )
+
+    def _touch(self, key: str) -> None:
+        self._tick += 1
+        self._tick_of[key] = self._tick

@@ -1,0 +1,216 @@
+"""`Engine`: admission, continuous batching, chunked prefill. No clock and no I/O.
+
+It turns arrivals and finished spans into ops. At most `DEPTH` prefill pieces are queued on the
+compute stream, so the next request loads while this one computes, and a decode step never waits
+for more than those.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from dataclasses import dataclass, field
+
+from .block_pool import BlockPool
+from .chunk_index import ChunkIndex
+from .decision import ReuseDecision
+from .errors import InvariantViolation
+from .lowering import lower
+from .model_spec import ModelSpec
+from .ops import COMPUTE, Op, Outcome, Span
+from .plan import ReusePlan
+from .policies import decide
+from .workload import Request, Workload
+
+DEPTH = 2
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """A request whose prompt is being computed."""
+
+    request: Request
+    decision: ReuseDecision
+    pieces: deque[list[Op]]
+    attempt: int = 0
+    n_in_flight: int = 0
+    failed: set[int] = field(default_factory=set)
+
+
+class Engine:
+    """The decider. One instance serves one device."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        model: ModelSpec,
+        plan: ReusePlan,
+        index: ChunkIndex,
+        blocks: BlockPool,
+    ) -> None:
+        self.workload = workload
+        self.model = model
+        self.plan = plan
+        self.index = index
+        self.blocks = blocks
+        self.n_fallbacks = 0
+        """Prompts decided again because stored bytes could not be used."""
+        self._ids = itertools.count()
+        self._waiting: deque[Request] = deque()
+        self._prefills: dict[int, _Prefill] = {}
+        self._queue: deque[int] = deque()
+        self._decoding: dict[int, list[int]] = {}
+        self._pieces_in_flight: dict[int, int] = {}
+        self._decode_in_flight = False
+        self._n_open = 0
+
+    @property
+    def n_open(self) -> int:
+        """Requests that have arrived and not ended."""
+        return self._n_open
+
+    def decision_of(self, request_id: int) -> ReuseDecision:
+        """The fates decided for a request that is being prefilled."""
+        return self._prefills[request_id].decision
+
+    def on_arrival(self, request: Request, now_ns: int) -> list[Op]:
+        """A request has come; returns ops to submit."""
+        self._n_open += 1
+        self._waiting.append(request)
+        return self._schedule()
+
+    def on_done(self, span: Span) -> list[Op]:
+        """An op has ended; returns ops to submit."""
+        op = span.op
+        if op.kind == "decode":
+            self._decode_in_flight = False
+            for request_id in op.request_ids:
+                self._token_made(request_id)
+            return self._schedule()
+        prefill = self._prefills[op.request_ids[0]]
+        prefill.n_in_flight -= 1
+        if span.outcome.failed_chunks:
+            prefill.failed |= set(span.outcome.failed_chunks)
+        if op.op_id in self._pieces_in_flight:
+            del self._pieces_in_flight[op.op_id]
+            if op.kind == "head" and not prefill.failed:
+                self._prefill_done(prefill)
+        if prefill.failed and prefill.n_in_flight == 0:
+            self._start_again(prefill)
+        return self._schedule()
+
+    def _schedule(self) -> list[Op]:
+        """Everything that may be submitted now: a decode step first, then prefill pieces."""
+        ops: list[Op] = []
+        if self._decoding and not self._decode_in_flight:
+            ops.append(self._decode_step())
+        while len(self._pieces_in_flight) < DEPTH:
+            piece = self._next_piece()
+            if not piece:
+                break
+            self._pieces_in_flight[piece[-1].op_id] = piece[-1].request_ids[0]
+            ops += piece
+        return ops
+
+    def _next_piece(self) -> list[Op]:
+        while self._queue:
+            prefill = self._prefills[self._queue[0]]
+            if prefill.pieces and not prefill.failed:
+                piece = prefill.pieces.popleft()
+                prefill.n_in_flight += len(piece)
+                if not prefill.pieces:
+                    self._queue.popleft()
+                return piece
+            self._queue.popleft()
+        return self._next_piece() if self._admit() else []
+
+    def _admit(self) -> bool:
+        """Move the oldest waiting request into prefill if it fits."""
+        n_seqs = len(self._prefills) + len(self._decoding)
+        if not self._waiting or n_seqs >= self.plan.max_num_seqs:
+            return False
+        request = self._waiting[0]
+        n_tokens = self.workload.prompt_tokens(request) + request.max_output_tokens
+        fits_empty = self.blocks.n_free == self.blocks.n_blocks
+        if not self.blocks.can_allocate(n_tokens) and not fits_empty:
+            return False
+        self.blocks.allocate(request.request_id, n_tokens)
+        self._waiting.popleft()
+        self._begin(request, attempt=0)
+        return True
+
+    def _begin(self, request: Request, attempt: int) -> None:
+        found = self.index.lookup(request.chunks, request.tenant)
+        chunk_tokens = self.workload.chunk_tokens(request)
+        decision = decide(self.plan, found, chunk_tokens, request.suffix_tokens)
+        pieces = lower(
+            request.request_id, decision, self.plan, self.model, self._ids.__next__, attempt
+        )
+        prefill = _Prefill(request, decision, deque(pieces), attempt)
+        self._prefills[request.request_id] = prefill
+        self._queue.append(request.request_id)
+
+    def _start_again(self, prefill: _Prefill) -> None:
+        """Forget what could not be read and decide anew: those chunks are computed."""
+        for ordinal in prefill.failed:
+            self.index.discard(prefill.decision.chunks[ordinal].key)
+        self.n_fallbacks += 1
+        request_id = prefill.request.request_id
+        if request_id in self._queue:
+            self._queue.remove(request_id)
+        for op_id in [i for i, r in self._pieces_in_flight.items() if r == request_id]:
+            del self._pieces_in_flight[op_id]
+        self._begin(prefill.request, prefill.attempt + 1)
+        self._queue.rotate(1)
+
+    def _prefill_done(self, prefill: _Prefill) -> None:
+        """The first token exists."""
+        request = prefill.request
+        if prefill.n_in_flight or prefill.pieces:
+            raise InvariantViolation(
+                f"head of request {request.request_id} ended with {prefill.n_in_flight} ops in "
+                f"flight and {len(prefill.pieces)} pieces left"
+            )
+        del self._prefills[request.request_id]
+        prompt = self.workload.prompt_tokens(request)
+        self._decoding[request.request_id] = [prompt, request.output_tokens]
+        self._token_made(request.request_id)
+
+    def _token_made(self, request_id: int) -> None:
+        """One more token; the executor alone knows when the output ends."""
+        state = self._decoding[request_id]
+        state[0] += 1
+        state[1] -= 1
+        if state[1] == 0:
+            del self._decoding[request_id]
+            self.blocks.free(request_id)
+            self._n_open -= 1
+
+    def _decode_step(self) -> Op:
+        self._decode_in_flight = True
+        request_ids = tuple(self._decoding)
+        n_pairs = sum(self._decoding[r][0] for r in request_ids)
+        return Op(
+            op_id=next(self._ids),
+            kind="decode",
+            stream=COMPUTE,
+            request_ids=request_ids,
+            layer_start=0,
+            layer_stop=self.model.n_layers,
+            n_tokens=len(request_ids),
+            n_pairs=n_pairs,
+        )
+
+
+def schedule_of(
+    workload: Workload, request: Request, model: ModelSpec, plan: ReusePlan, index: ChunkIndex
+) -> tuple[ReuseDecision, list[Op]]:
+    """One request's decision and its fixed DAG, as the engine would submit it alone."""
+    ids = itertools.count()
+    found = index.lookup(request.chunks, request.tenant)
+    decision = decide(plan, found, workload.chunk_tokens(request), request.suffix_tokens)
+    pieces = lower(request.request_id, decision, plan, model, ids.__next__)
+    return decision, [op for piece in pieces for op in piece]
+
+
+__all__ = ["DEPTH", "Engine", "Outcome", "schedule_of"]

@@ -1,0 +1,292 @@
+"""`lower`: a decision becomes ops, by layer group, with streams and dependencies.
+
+Both executors run exactly these ops. A prompt is computed in pieces of at most
+`plan.prefill_chunk_tokens` rows (chunked prefill); all loads and restores belong to the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .decision import ReuseDecision
+from .layout import n_reads, read_bytes
+from .model_spec import ModelSpec
+from .ops import COMPUTE, RESTORE, Op, OpKind, Segment, io_stream
+from .plan import ReusePlan
+
+NewId = Callable[[], int]
+
+
+def lower(
+    request_id: int,
+    decision: ReuseDecision,
+    plan: ReusePlan,
+    model: ModelSpec,
+    new_id: NewId,
+    attempt: int = 0,
+) -> list[list[Op]]:
+    """Ops of one prompt, a list per piece, in submission order; the last op is its `head`."""
+    return _Lowering(request_id, decision, plan, model, new_id, attempt).pieces()
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers [start, stop) that share one band, hence one set of rows."""
+
+    start: int
+    stop: int
+
+
+class _Lowering:
+    def __init__(
+        self,
+        request_id: int,
+        decision: ReuseDecision,
+        plan: ReusePlan,
+        model: ModelSpec,
+        new_id: NewId,
+        attempt: int,
+    ) -> None:
+        self.request_id = request_id
+        self.decision = decision
+        self.plan = plan
+        self.model = model
+        self.new_id = new_id
+        self.attempt = attempt
+        self.groups = self._groups()
+
+    def _groups(self) -> list[_Group]:
+        """Layer groups; none crosses a band or the check layer, where rows change."""
+        n_layers = self.model.n_layers
+        cuts = {0, n_layers}
+        cuts |= {self.decision.band_start(b, n_layers) for b in range(self.decision.n_bands)}
+        if self.decision.selection == "deviation":
+            cuts.add(min(self.decision.check_layer, n_layers))
+        edges = sorted(cuts)
+        groups = []
+        for low, high in zip(edges, edges[1:], strict=False):
+            for start in range(low, high, self.plan.layer_group):
+                groups.append(_Group(start, min(start + self.plan.layer_group, high)))
+        return groups
+
+    def pieces(self) -> list[list[Op]]:
+        segments = self._piece_segments()
+        pieces = [self._first_piece(segments[0])]
+        for piece in segments[1:]:
+            ops: list[Op] = []
+            for group in self.groups:
+                ops.append(self._prefill(group, piece, ops[-1:]))
+            pieces.append(ops)
+        last = pieces[-1]
+        n_layers = self.model.n_layers
+        last.append(self._op("head", COMPUTE, _Group(n_layers, n_layers), n_tokens=1, after=last[-1:]))
+        return pieces
+
+    def _first_piece(self, segments: tuple[Segment, ...]) -> list[Op]:
+        """Loads, restores and compute of the first piece, group by group."""
+        ops: list[Op] = []
+        computed: list[Op] = []
+        by_chunk = self._chunk_loads() if self.plan.load_order == "chunk" else []
+        ops += by_chunk
+        pending: list[Op] = []
+        for g, group in enumerate(self.groups):
+            loads = by_chunk
+            if self.plan.load_order == "layer":
+                gate = g - 1 - self.plan.look_ahead
+                loads = self._group_loads(group, computed[gate : gate + 1] if gate >= 0 else [])
+                ops += loads
+            if self._is_check(group):
+                ops.append(self._select(group, loads + computed[-1:]))
+                pending = ops[-1:]
+            restore = self._restore(group, loads)
+            ops += restore
+            ops.append(self._prefill(group, segments, restore + pending + computed[-1:]))
+            pending = []
+            computed.append(ops[-1])
+        return ops
+
+    def _group_loads(self, group: _Group, gate: list[Op]) -> list[Op]:
+        """One load per tier and worker: all chunks, this group's layers."""
+        shares: dict[str, list[int]] = {}
+        for ordinal in self._loaded(group):
+            tier = self.decision.chunks[ordinal].tier
+            worker = ordinal % self.plan.n_io_workers
+            shares.setdefault(io_stream(tier, worker), []).append(ordinal)
+        return [self._load(s, tuple(shares[s]), group, gate) for s in sorted(shares)]
+
+    def _chunk_loads(self) -> list[Op]:
+        """One load per chunk: all its layers, workers in turn."""
+        whole = _Group(0, self.model.n_layers)
+        loads = []
+        for ordinal, fate in enumerate(self.decision.chunks):
+            if fate.is_loaded:
+                stream = io_stream(fate.tier, ordinal % self.plan.n_io_workers)
+                loads.append(self._load(stream, (ordinal,), whole, []))
+        return loads
+
+    def _load(self, stream: str, chunks: tuple[int, ...], group: _Group, after: list[Op]) -> Op:
+        n_bytes = reads = tokens = 0
+        for ordinal in chunks:
+            for layer in range(group.start, group.stop):
+                rows = self.decision.n_loaded(ordinal, layer, self.model.n_layers)
+                if rows:
+                    size = read_bytes(self.model, rows)
+                    n_bytes += size
+                    reads += n_reads(size, self.plan.request_bytes)
+                    tokens += rows
+        return self._op(
+            "load",
+            stream,
+            group,
+            n_tokens=tokens // max(1, group.stop - group.start),
+            n_bytes=n_bytes,
+            n_reads=reads,
+            tier=self.decision.chunks[chunks[0]].tier,
+            chunks=chunks,
+            after=after,
+        )
+
+    def _restore(self, group: _Group, loads: list[Op]) -> list[Op]:
+        chunks = tuple(self._loaded(group))
+        if not chunks:
+            return []
+        n_layers = self.model.n_layers
+        rows = sum(self.decision.n_loaded(c, group.start, n_layers) for c in chunks)
+        layers = group.stop - group.start
+        stream = COMPUTE if self.plan.restore_stream == "compute" else RESTORE
+        op = self._op(
+            "restore",
+            stream,
+            group,
+            n_tokens=rows,
+            n_bytes=rows * layers * self.model.kv_bytes_per_token_layer,
+            n_reads=len(chunks) * layers,
+            chunks=chunks,
+            after=loads,
+        )
+        return [op]
+
+    def _select(self, group: _Group, after: list[Op]) -> Op:
+        check = _Group(group.start, group.start + 1)
+        return self._op("select", COMPUTE, check, n_tokens=self.decision.n_prompt, after=after)
+
+    def _prefill(self, group: _Group, segments: tuple[Segment, ...], after: list[Op]) -> Op:
+        band = self.decision.band_of(group.start, self.model.n_layers)
+        rows = pairs = 0
+        kept = []
+        for segment in segments:
+            n_rows, n_pairs, part = self._rows(segment, band, group.start)
+            if n_rows:
+                rows += n_rows
+                pairs += n_pairs
+                kept.append(part)
+        return self._op(
+            "prefill",
+            COMPUTE,
+            group,
+            n_tokens=rows,
+            n_pairs=pairs,
+            segments=tuple(kept),
+            after=after,
+        )
+
+    def _rows(self, segment: Segment, band: int, layer: int) -> tuple[int, int, Segment]:
+        """Rows and visible pairs of a segment, recomputed tokens taken as evenly spread."""
+        chunks = self.decision.chunks
+        if segment.part == len(chunks):
+            n, offset, total = self.decision.n_suffix, self.decision.n_prompt, 0
+            offset, total = self.decision.n_prompt - n, n
+        else:
+            fate = chunks[segment.part]
+            offset, n = fate.offset, fate.n_tokens
+            total = self._n_selected(segment.part, band, layer)
+        start, stop = min(segment.start, total), min(segment.stop, total)
+        count = stop - start
+        if not count:
+            return 0, 0, segment
+        pairs = count * offset + (n * (stop * stop - start * start) + count * total) // (2 * total)
+        if self.model.sliding_window is not None:
+            pairs = min(pairs, count * self.model.sliding_window)
+        return count, pairs, Segment(segment.part, start, stop)
+
+    def _n_selected(self, ordinal: int, band: int, layer: int) -> int:
+        """Rows of a chunk that pass through `layer`; by deviation only their sum is exact."""
+        fate = self.decision.chunks[ordinal]
+        if self.decision.selection == "rank" or not fate.is_loaded:
+            return fate.n_recompute[band]
+        if layer < self.decision.check_layer:
+            return fate.n_tokens
+        candidates = [i for i, c in enumerate(self.decision.chunks) if c.is_loaded and not c.exact]
+        if ordinal not in candidates:
+            return 0
+        share, extra = divmod(self.decision.n_selected, len(candidates))
+        return share + (candidates.index(ordinal) < extra)
+
+    def _piece_segments(self) -> list[tuple[Segment, ...]]:
+        """Cut the computed rows into pieces; a chunk whose rows differ by band is never cut."""
+        budget = self.plan.prefill_chunk_tokens
+        if self.decision.selection == "deviation":
+            budget = self.decision.n_prompt
+        pieces: list[list[Segment]] = [[]]
+        room = budget
+        counts = [c.n_recompute for c in self.decision.chunks]
+        for part, by_band in enumerate([*counts, (self.decision.n_suffix,)]):
+            rows = by_band[0]
+            if self.decision.selection == "deviation" and part < len(counts):
+                rows = self.decision.chunks[part].n_tokens
+            start = 0
+            divisible = len(set(by_band)) == 1
+            while start < rows:
+                if room == 0 or (not divisible and rows > room and room < budget):
+                    pieces.append([])
+                    room = budget
+                stop = min(rows, start + room) if divisible else rows
+                pieces[-1].append(Segment(part, start, stop))
+                room = max(0, room - (stop - start))
+                start = stop
+        return [tuple(p) for p in pieces]
+
+    def _loaded(self, group: _Group) -> list[int]:
+        n_layers = self.model.n_layers
+        return [
+            i
+            for i in range(len(self.decision.chunks))
+            if self.decision.n_loaded(i, group.start, n_layers)
+        ]
+
+    def _is_check(self, group: _Group) -> bool:
+        return self.decision.selection == "deviation" and group.start == self.decision.check_layer
+
+    def _op(
+        self,
+        kind: OpKind,
+        stream: str,
+        group: _Group,
+        *,
+        after: list[Op],
+        n_tokens: int = 0,
+        n_pairs: int = 0,
+        n_bytes: int = 0,
+        n_reads: int = 0,
+        tier: str = "",
+        chunks: tuple[int, ...] = (),
+        segments: tuple[Segment, ...] = (),
+    ) -> Op:
+        return Op(
+            op_id=self.new_id(),
+            kind=kind,
+            stream=stream,
+            request_ids=(self.request_id,),
+            layer_start=group.start,
+            layer_stop=group.stop,
+            n_tokens=n_tokens,
+            n_pairs=n_pairs,
+            n_bytes=n_bytes,
+            n_reads=n_reads,
+            tier=tier,
+            chunks=chunks,
+            segments=segments,
+            deps=tuple(op.op_id for op in after),
+            attempt=self.attempt,
+        )

@@ -1,0 +1,123 @@
+"""`ModelSpec`: what the decider needs to know of a transformer, and nothing of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from .errors import ModelError
+from .record import Record
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class ModelSpec(Record):
+    """Shapes of a decoder. All counts are per model, not per device.
+
+    `kv_bytes_per_token` and the flop counts are what the cost model and the policies read.
+    """
+
+    name: str
+    family: Literal["llama", "mistral", "qwen2", "qwen3"]
+    n_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    n_heads: int = Field(gt=0)
+    n_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_position: int = Field(gt=0)
+    dtype: Dtype = "bfloat16"
+    rope_kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    sliding_window: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}"
+            )
+        return self
+
+    @property
+    def kv_bytes_per_token_layer(self) -> int:
+        """Bytes of K and V of one token in one layer."""
+        return 2 * self.n_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in all layers."""
+        return self.n_layers * self.kv_bytes_per_token_layer
+
+    @property
+    def layer_params(self) -> int:
+        """Weights of one layer's matrices (norms left out)."""
+        q_out = self.n_heads * self.head_dim
+        kv_out = 2 * self.n_kv_heads * self.head_dim
+        return self.hidden_size * (2 * q_out + kv_out + 3 * self.intermediate_size)
+
+    @property
+    def n_params(self) -> int:
+        """Weights of all layers, the embedding and the head (counted apart)."""
+        return self.n_layers * self.layer_params + 2 * self.vocab_size * self.hidden_size
+
+    def linear_flops(self, n_tokens: int, n_layers: int) -> int:
+        """Multiply-adds times two of the matrices for `n_tokens` rows through `n_layers`."""
+        return 2 * self.layer_params * n_tokens * n_layers
+
+    def attention_flops(self, n_pairs: int, n_layers: int) -> int:
+        """Flops of QK^T and PV for `n_pairs` visible (query, key) pairs per layer."""
+        return 4 * self.n_heads * self.head_dim * n_pairs * n_layers
+
+    def prefill_flops(self, n_query: int, n_context: int) -> int:
+        """Flops of prefilling `n_query` tokens behind `n_context` cached ones, head left out."""
+        pairs = n_query * n_context + n_query * (n_query + 1) // 2
+        return self.linear_flops(n_query, self.n_layers) + self.attention_flops(pairs, self.n_layers)
+
+
+def spec_from_hf_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:
+    """A `ModelSpec` from the mapping of a Hugging Face `config.json`.
+
+    Raises:
+        ModelError: a family or RoPE kind that is not supported, by name, with the list.
+    """
+    family = str(config.get("model_type", ""))
+    if family not in FAMILIES:
+        raise ModelError(
+            f"the model family must be one of {', '.join(FAMILIES)}",
+            values=f"model_type={family!r}",
+            remedy="use a model of a supported family",
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    if kind not in ROPE_KINDS or "mrope_section" in rope:
+        why = "it depends on the prompt length or on several axes, so cached K cannot be moved"
+        raise ModelError(
+            f"the RoPE kind must be one of {', '.join(ROPE_KINDS)}",
+            values=f"rope_type={'mrope' if 'mrope_section' in rope else kind!r}",
+            remedy=f"{why}; use another model",
+        )
+    n_heads = int(config["num_attention_heads"])
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return ModelSpec(
+        name=name or str(config.get("_name_or_path") or family),
+        family=family,  # type: ignore[arg-type]
+        n_layers=int(config["num_hidden_layers"]),
+        hidden_size=int(config["hidden_size"]),
+        intermediate_size=int(config["intermediate_size"]),
+        n_heads=n_heads,
+        n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
+        head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // n_heads),
+        vocab_size=int(config["vocab_size"]),
+        max_position=int(config.get("max_position_embeddings", 2048)),
+        dtype=dtype.removeprefix("torch."),  # type: ignore[arg-type]
+        rope_kind=kind,  # type: ignore[arg-type]
+        sliding_window=int(window) if window else None,
+    )

@@ -1,0 +1,35 @@
+"""`Timeline`: all spans of a run. Metrics, invariants, fidelity and traces read only this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ops import Span
+from .workload import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Spans in the order they ended, on one clock that read `start_ns` at the beginning."""
+
+    spans: tuple[Span, ...]
+    start_ns: int
+    requests: tuple[Request, ...]
+    label: str = ""
+
+    @property
+    def end_ns(self) -> int:
+        """When the last span ended."""
+        return max((s.end_ns for s in self.spans), default=self.start_ns)
+
+    @property
+    def makespan_ns(self) -> int:
+        """From the start to the last end."""
+        return self.end_ns - self.start_ns
+
+    def by_stream(self) -> dict[str, list[Span]]:
+        """Spans of each stream in submission order."""
+        streams: dict[str, list[Span]] = {}
+        for span in sorted(self.spans, key=lambda s: s.seq):
+            streams.setdefault(f"{span.op.device}:{span.op.stream}", []).append(span)
+        return streams

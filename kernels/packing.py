@@ -1,0 +1,142 @@
+"""The packed KV format (8/4/3/2 bits, asymmetric) and its torch implementation.
+
+    value = zero + code * scale,   code in 0 .. 2**bits - 1,   zero and scale fp16
+
+K is quantised per *channel* over groups of 32 tokens (its outliers live in channels), V per *token*
+over groups of 32 channels (KIVI, arXiv 2402.02750). A ragged last group is simply shorter.
+
+Codes lie along the channel axis, each half of the channels in its own bytes, so that the two
+partners of a rotary pair are a fixed number of bytes apart. With ``h = D/2`` and ``c = 8/bits``
+codes per byte, channel ``r`` of a half sits in byte ``r % (h/c)`` at bit ``bits * (r // (h/c))``:
+one shift of a run of bytes gives a run of channels. Three bits are a 2-bit plane (the low bits)
+followed by a 1-bit plane, each of them laid out so.
+
+Every step is an IEEE fp32 operation in a stated order, so CPU and GPU agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+BITS = (8, 4, 3, 2)
+FP16_MAX = 65504.0
+SCALE_MIN = 2.0**-24
+Per = Literal["channel", "token"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed keys or values of ``n`` tokens.
+
+    Attributes:
+        codes: uint8 ``[n, HK, D * bits / 8]``.
+        scale, zero: fp16; per channel ``[ceil(n/32), HK, D]``, per token ``[n, HK, ceil(D/32)]``.
+        bits: 8, 4, 3 or 2.
+        per: what one group belongs to: ``channel`` (K) or ``token`` (V).
+        head_dim: ``D``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    per: Per
+    head_dim: int
+
+
+def check_format(head_dim: int, bits: int) -> None:
+    """Refuse a head dim or bit width that the byte layout cannot hold (ValueError)."""
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits}; store wider values unpacked")
+    if head_dim % 16:
+        raise ValueError(f"head dim must be a multiple of 16, got {head_dim}; pad it with zeros")
+
+
+def planes(bits: int) -> tuple[int, ...]:
+    """Widths in bits of the byte planes of a code, low bits first."""
+    return (2, 1) if bits == 3 else (bits,)
+
+
+def pack(x: Tensor, bits: int, per: Per) -> Packed:
+    """Quantise ``x`` ``[n, HK, D]`` (any float dtype); ``per="channel"`` for K, ``"token"`` for V.
+
+    Values beyond the fp16 range saturate. A group whose values are all equal is exact up to the
+    rounding of ``zero`` to fp16.
+
+    Raises:
+        ValueError: unsupported head dim or bit width.
+    """
+    n, hk, d = x.shape
+    check_format(d, bits)
+    x32 = x.float()
+    low, high = _group_range(x32, per)
+    levels = float(2**bits - 1)
+    zero = low.clamp(-FP16_MAX, FP16_MAX).half()
+    step = (high - low) * torch.tensor(1.0 / levels, dtype=torch.float32)
+    scale = step.clamp(SCALE_MIN, FP16_MAX).half()
+    # Codes come from the *rounded* scale and zero: what unpack will use is what is inverted here.
+    inverse = 1.0 / scale.float()
+    codes = (x32 - _spread(zero.float(), per, n, d)) * _spread(inverse, per, n, d)
+    codes = codes.clamp_(0.0, levels).round_().to(torch.uint8)
+    return Packed(_to_bytes(codes, bits), scale, zero, bits, per, d)
+
+
+def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[n, HK, D]`` values of a `Packed`, computed in fp32 and cast to ``dtype``."""
+    codes = _from_bytes(packed.codes, packed.bits, packed.head_dim)
+    n, d = codes.shape[0], packed.head_dim
+    scale = _spread(packed.scale.float(), packed.per, n, d)
+    zero = _spread(packed.zero.float(), packed.per, n, d)
+    return (codes.float() * scale + zero).to(dtype)
+
+
+def _group_range(x: Tensor, per: Per) -> tuple[Tensor, Tensor]:
+    dim = 0 if per == "channel" else 2
+    full = x.shape[dim] // GROUP * GROUP
+    parts = []
+    if full:
+        grouped = x.narrow(dim, 0, full).unflatten(dim, (full // GROUP, GROUP))
+        parts.append(grouped.aminmax(dim=dim + 1))
+    if full < x.shape[dim]:
+        parts.append(x.narrow(dim, full, x.shape[dim] - full).aminmax(dim=dim, keepdim=True))
+    if not parts:
+        empty = x.narrow(dim, 0, 0)
+        return empty, empty
+    return torch.cat([p[0] for p in parts], dim), torch.cat([p[1] for p in parts], dim)
+
+
+def _spread(group_value: Tensor, per: Per, n: int, d: int) -> Tensor:
+    dim, size = (0, n) if per == "channel" else (2, d)
+    return group_value.repeat_interleave(GROUP, dim)[(slice(None),) * dim + (slice(0, size),)]
+
+
+def _to_bytes(codes: Tensor, bits: int) -> Tensor:
+    n, hk, d = codes.shape
+    out, shift = [], 0
+    for width in planes(bits):
+        field = (codes >> shift) & (2**width - 1)
+        field = field.view(n, hk, 2, 8 // width, d * width // 16)
+        lanes = [field[:, :, :, i] << (width * i) for i in range(8 // width)]
+        byte = lanes[0]
+        for lane in lanes[1:]:
+            byte = byte | lane
+        out.append(byte.reshape(n, hk, d * width // 8))
+        shift += width
+    return torch.cat(out, 2)
+
+
+def _from_bytes(data: Tensor, bits: int, d: int) -> Tensor:
+    n, hk, _ = data.shape
+    codes = torch.zeros(n, hk, d, dtype=torch.uint8)
+    start, shift = 0, 0
+    for width in planes(bits):
+        plane = data[:, :, start : start + d * width // 8].view(n, hk, 2, 1, -1)
+        lanes = torch.arange(0, 8, width, dtype=torch.uint8).view(1, 1, 1, -1, 1)
+        codes |= (((plane >> lanes) & (2**width - 1)) << shift).reshape(n, hk, d)
+        start, shift = start + d * width // 8, shift + width
+    return codes

@@ -1,0 +1,248 @@
+"""The maths of the kernels in plain torch: what Triton is tested against, and the CPU path.
+
+Shapes: ``n`` tokens, ``H`` query heads, ``HK`` key/value heads (``H = G * HK``; query head ``h``
+reads key head ``h // G``), ``D`` head dim. New tokens arrive token-major ``[n, heads, D]``; KV
+buffers are head-major ``[HK, n_slots, D]`` and slot ``j`` holds the token at position ``j``. The
+packed format is in ``packing.py``, decode attention over it in ``decode_reference.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .packing import Packed, unpack
+
+QUERY_BLOCK = 64
+
+
+def rope_tables(
+    inv_freq: Tensor, positions: Tensor, attention_scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of ``position * inv_freq``, in fp32 as Hugging Face forms the angle.
+
+    One column per rotated *pair*: column ``i`` turns channels ``(i, i + R/2)`` in the halves layout
+    and ``(2i, 2i + 1)`` in the interleaved one. (A Hugging Face table is this one twice, side by
+    side: take ``cos_hf[:, : R // 2]``.)
+
+    Args:
+        inv_freq: ``[R/2]``, radians per position, scaling of the RoPE kind included.
+        positions: ``[n]`` integers.
+        attention_scaling: YaRN's factor, multiplied into both tables.
+
+    Returns:
+        ``(cos, sin)``, each fp32 ``[n, R/2]``.
+    """
+    angle = positions.to(torch.float32)[:, None] * inv_freq.to(torch.float32)[None, :]
+    return angle.cos() * attention_scaling, angle.sin() * attention_scaling
+
+
+def apply_rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+) -> Tensor:
+    """Rotate the first ``rotary_dim`` channels of ``x``; the others pass unchanged.
+
+    Args:
+        x: ``[n, heads, D]``.
+        cos, sin: fp32 ``[n, R/2]`` of `rope_tables`, row ``i`` for token ``i``.
+        interleaved: pairs are neighbours (GPT-J) instead of halves (NeoX, Llama).
+        rotary_dim: ``R``; by default twice the tables' width.
+
+    Returns:
+        ``[n, heads, D]`` in ``x.dtype``; the arithmetic is fp32, rounded once.
+
+    Raises:
+        ValueError: ``R`` is odd, wider than ``D``, or does not fit the tables.
+    """
+    r = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
+    if r % 2 or r > x.shape[-1] or cos.shape != sin.shape or cos.shape[-1] != r // 2:
+        raise ValueError(
+            f"rotary_dim must be even, at most D, and twice the tables' width; got rotary_dim={r}, "
+            f"D={x.shape[-1]}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: "
+            "build the tables with rope_tables from this model's inv_freq"
+        )
+    if cos.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"one table row per token: x has {x.shape[0]} tokens, the tables {cos.shape[0]} rows; "
+            "index the tables with the tokens' positions first"
+        )
+    first, second = (
+        (slice(0, r, 2), slice(1, r, 2)) if interleaved else (slice(0, r // 2), slice(r // 2, r))
+    )
+    c, s = cos[:, None, :], sin[:, None, :]
+    y = x.float()
+    out = torch.empty_like(y)
+    torch.mul(y[..., first], c, out=out[..., first]).addcmul_(y[..., second], s, value=-1)
+    torch.mul(y[..., second], c, out=out[..., second]).addcmul_(y[..., first], s)
+    out[..., r:] = y[..., r:]
+    return out.to(x.dtype)
+
+
+def restore(
+    k_raw: Tensor,
+    v_raw: Tensor,
+    positions: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    *,
+    cos_table: Tensor | None = None,
+    sin_table: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    attention_scaling: float = 1.0,
+    interleaved: bool = False,
+) -> None:
+    """Rotate stored keys at their new positions and put K and V into their slots, in place.
+
+    Args:
+        k_raw, v_raw: ``[n, HK, D]``; K before RoPE.
+        positions: int64 ``[n]``, each once, in any order: the slot and the angle.
+        k_out, v_out: ``[HK, n_slots, D]``; slot ``positions[i]`` receives token ``i``.
+        cos_table, sin_table: fp32 ``[> max position, R/2]``, indexed by position; or
+        inv_freq: ``[R/2]``, from which the needed rows are computed here.
+
+    Raises:
+        ValueError: both or neither of the tables and ``inv_freq``, or shapes disagree.
+    """
+    if (inv_freq is None) == (cos_table is None) or (cos_table is None) != (sin_table is None):
+        raise ValueError("give either cos_table and sin_table, or inv_freq, not both or neither")
+    hk, _, d = k_out.shape
+    if k_raw.shape != (positions.numel(), hk, d) or v_raw.shape != k_raw.shape:
+        raise ValueError(
+            f"k_raw and v_raw must be [n, HK, D] = {(positions.numel(), hk, d)} to fit positions "
+            f"and k_out; got {tuple(k_raw.shape)}, {tuple(v_raw.shape)}: transpose to token-major"
+        )
+    if inv_freq is not None:
+        cos, sin = rope_tables(inv_freq, positions, attention_scaling)
+    else:
+        cos, sin = cos_table.index_select(0, positions), sin_table.index_select(0, positions)
+    rotated = apply_rope(k_raw, cos, sin, interleaved).to(k_out.dtype)
+    k_out.index_copy_(1, positions, rotated.transpose(0, 1))
+    v_out.index_copy_(1, positions, v_raw.to(v_out.dtype).transpose(0, 1))
+
+
+def restore_quantised(
+    k: Packed,
+    v: Packed,
+    positions: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    **rope: object,
+) -> None:
+    """`restore` from packed K (pre-RoPE, per channel) and packed V (per token).
+
+    Dequantised values stay fp32 until after the rotation, so each is rounded once.
+    """
+    restore(unpack(k), unpack(v), positions, k_out, v_out, **rope)  # type: ignore[arg-type]
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    n_keys: int,
+    scale: float,
+    window: int | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Selected queries attend to the full KV buffer, causal by *position*, not by row.
+
+    The query at position ``p`` sees keys ``j`` with ``p - window < j <= p`` and ``j < n_keys``.
+
+    Args:
+        q: ``[n_q, H, D]``, after RoPE.
+        k, v: ``[HK, n_slots, D]``, K after RoPE.
+        positions: int64 ``[n_q]``, sorted ascending.
+        n_keys: slots in use.
+        scale: multiplies the scores, usually ``D ** -0.5``.
+        window: keys seen at most, the query's own included; ``None`` for all.
+        keep: bool ``[n_slots]``; keys that are False are left out of attention. ``None`` keeps all.
+
+    Returns:
+        ``[n_q, H, D]`` in ``q.dtype``. A query that sees no key gives 0.
+
+    Raises:
+        ValueError: heads do not divide, shapes disagree, or positions are not sorted.
+    """
+    (n_q, h, d), hk = q.shape, k.shape[0]
+    if h % hk or k.shape != v.shape or k.shape[2] != d or n_keys > k.shape[1]:
+        raise ValueError(
+            "need H a multiple of HK, k and v of one shape and n_keys <= n_slots; got "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, n_keys={n_keys}"
+        )
+    if positions.shape != (n_q,) or bool((positions[1:] < positions[:-1]).any()):
+        raise ValueError(
+            f"positions must be {n_q} ascending integers, one per query: sort them with "
+            "torch.sort, apply its indices to q, and undo them on the output"
+        )
+    out = q.new_zeros(n_q, h, d)
+    for start in range(0, n_q, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, n_q)
+        pos = positions[start:stop]
+        lo, hi = int(pos[0]), int(pos[-1])
+        first = max(0, lo - window + 1) if window else 0
+        last = min(hi + 1, n_keys)
+        if last > first:
+            index = torch.arange(first, last, device=q.device)
+            seen = index <= pos[:, None]
+            if window:
+                seen &= index > pos[:, None] - window
+            if keep is not None:
+                seen &= keep[first:last]
+            keys, values = k[:, first:last], v[:, first:last]
+            out[start:stop] = _attend(q[start:stop], keys, values, seen, scale)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """One query block ``[m, H, D]`` over keys ``[HK, n, D]``, masked by ``seen`` ``[m, n]``."""
+    (m, h, d), hk = q.shape, k.shape[0]
+    # The G query heads of a key head become rows: one pass over its keys, 10x faster for one query.
+    rows = q.view(m, hk, h // hk, d).transpose(0, 1).reshape(1, hk, m * (h // hk), d)
+    mask = None if bool(seen.all()) else seen.repeat_interleave(h // hk, 0)
+    empty = ~seen.any(1)
+    if bool(empty.any()):
+        mask = mask | empty.repeat_interleave(h // hk)[:, None]
+    out = F.scaled_dot_product_attention(rows, k[None], v[None], attn_mask=mask, scale=scale)
+    out = out.view(hk, m, h // hk, d).transpose(0, 1).reshape(m, h, d)
+    return out.masked_fill_(empty[:, None, None], 0.0)
+
+
+def deviation(k_new: Tensor, k_old: Tensor) -> Tensor:
+    """Squared L2 distance of each token's keys, summed over heads (CacheBlend's score).
+
+    Args:
+        k_new, k_old: ``[n, HK, D]``, both rotated at the same positions, or both before RoPE.
+
+    Returns:
+        fp32 ``[n]``.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if k_new.shape != k_old.shape:
+        raise ValueError(
+            f"k_new {tuple(k_new.shape)} and k_old {tuple(k_old.shape)} must have one shape: "
+            "pass the same tokens of the same layer"
+        )
+    return (k_new.float() - k_old.float()).square_().sum((1, 2))
+
+
+def top_indices(score: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of ``score`` ``[n]``; ties go to the lower index.
+
+    Returns:
+        int64 ``[count]``, ascending.
+
+    Raises:
+        ValueError: ``count`` is negative or larger than ``n``.
+    """
+    if not 0 <= count <= score.numel():
+        raise ValueError(f"count must be in 0..{score.numel()}, got {count}: clamp it first")
+    order = torch.sort(score, descending=True, stable=True).indices
+    return order[:count].sort().values
