@@ -85,7 +85,7 @@ class Engine:
         if op.kind == "decode":
             self._decode_in_flight = False
             for request_id in op.request_ids:
-                self._token_made(request_id)
+                self._token_made(request_id, span.outcome)
             return self._schedule()
         prefill = self._prefills[op.request_ids[0]]
         prefill.n_in_flight -= 1
@@ -94,7 +94,7 @@ class Engine:
         if op.op_id in self._pieces_in_flight:
             del self._pieces_in_flight[op.op_id]
             if op.kind == "head" and not prefill.failed:
-                self._prefill_done(prefill)
+                self._prefill_done(prefill, span.outcome)
         if prefill.failed and prefill.n_in_flight == 0:
             self._start_again(prefill)
         return self._schedule()
@@ -163,7 +163,7 @@ class Engine:
         self._begin(prefill.request, prefill.attempt + 1)
         self._queue.rotate(1)
 
-    def _prefill_done(self, prefill: _Prefill) -> None:
+    def _prefill_done(self, prefill: _Prefill, outcome: Outcome) -> None:
         """The first token exists."""
         request = prefill.request
         if prefill.n_in_flight or prefill.pieces:
@@ -174,14 +174,14 @@ class Engine:
         del self._prefills[request.request_id]
         prompt = self.workload.prompt_tokens(request)
         self._decoding[request.request_id] = [prompt, request.output_tokens]
-        self._token_made(request.request_id)
+        self._token_made(request.request_id, outcome)
 
-    def _token_made(self, request_id: int) -> None:
+    def _token_made(self, request_id: int, outcome: Outcome) -> None:
         """One more token; the executor alone knows when the output ends."""
         state = self._decoding[request_id]
         state[0] += 1
         state[1] -= 1
-        if state[1] == 0:
+        if state[1] == 0 or request_id in outcome.ended:
             del self._decoding[request_id]
             self.blocks.free(request_id)
             self._n_open -= 1

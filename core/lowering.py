@@ -73,10 +73,10 @@ class _Lowering:
     def pieces(self) -> list[list[Op]]:
         segments = self._piece_segments()
         pieces = [self._first_piece(segments[0])]
-        for piece in segments[1:]:
+        for number, piece in enumerate(segments[1:], start=1):
             ops: list[Op] = []
             for group in self.groups:
-                ops.append(self._prefill(group, piece, ops[-1:]))
+                ops.append(self._prefill(group, piece, ops[-1:], number))
             pieces.append(ops)
         last = pieces[-1]
         n_layers = self.model.n_layers
@@ -171,7 +171,9 @@ class _Lowering:
         check = _Group(group.start, group.start + 1)
         return self._op("select", COMPUTE, check, n_tokens=self.decision.n_prompt, after=after)
 
-    def _prefill(self, group: _Group, segments: tuple[Segment, ...], after: list[Op]) -> Op:
+    def _prefill(
+        self, group: _Group, segments: tuple[Segment, ...], after: list[Op], piece: int = 0
+    ) -> Op:
         band = self.decision.band_of(group.start, self.model.n_layers)
         rows = pairs = 0
         kept = []
@@ -188,6 +190,7 @@ class _Lowering:
             n_tokens=rows,
             n_pairs=pairs,
             segments=tuple(kept),
+            piece=piece,
             after=after,
         )
 
@@ -272,6 +275,7 @@ class _Lowering:
         tier: str = "",
         chunks: tuple[int, ...] = (),
         segments: tuple[Segment, ...] = (),
+        piece: int = 0,
     ) -> Op:
         return Op(
             op_id=self.new_id(),
@@ -287,6 +291,7 @@ class _Lowering:
             tier=tier,
             chunks=chunks,
             segments=segments,
+            piece=piece,
             deps=tuple(op.op_id for op in after),
             attempt=self.attempt,
         )

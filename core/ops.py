@@ -61,6 +61,8 @@ class Op:
     """Ordinals of the chunks a load or restore touches."""
     segments: tuple[Segment, ...] = ()
     """Rows of a prefill."""
+    piece: int = 0
+    """Which piece of the prompt a prefill computes."""
     deps: tuple[int, ...] = ()
     attempt: int = 0
     device: int = 0
@@ -81,6 +83,8 @@ class Outcome:
     """Prompt positions chosen by a `select` op."""
     token_ids: tuple[int, ...] = ()
     """Tokens made by a `head` or `decode` op, in the order of `request_ids`."""
+    ended: tuple[int, ...] = ()
+    """Requests whose output ended early, by an end-of-text token."""
 
 
 NOTHING = Outcome()

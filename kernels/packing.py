@@ -132,11 +132,11 @@ def _to_bytes(codes: Tensor, bits: int) -> Tensor:
 
 def _from_bytes(data: Tensor, bits: int, d: int) -> Tensor:
     n, hk, _ = data.shape
-    codes = torch.zeros(n, hk, d, dtype=torch.uint8)
+    codes = torch.zeros(n, hk, d, dtype=torch.uint8, device=data.device)
     start, shift = 0, 0
     for width in planes(bits):
-        plane = data[:, :, start : start + d * width // 8].view(n, hk, 2, 1, -1)
-        lanes = torch.arange(0, 8, width, dtype=torch.uint8).view(1, 1, 1, -1, 1)
-        codes |= (((plane >> lanes) & (2**width - 1)) << shift).reshape(n, hk, d)
+        plane = data[:, :, start : start + d * width // 8].view(n, hk, 2, 1, d * width // 16)
+        lanes = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
+        codes |= (((plane >> lanes.view(-1, 1)) & (2**width - 1)) << shift).reshape(n, hk, d)
         start, shift = start + d * width // 8, shift + width
     return codes

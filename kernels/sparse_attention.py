@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arch import current_arch, processors
+
 ITEM = 8
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 64
@@ -189,16 +191,18 @@ class TilePlan:
 
 
 def tile_config(n_q: int, group: int, head_dim: int) -> TileConfig:
-    """The tile for a shape: the widest that neither spills nor leaves most rows empty."""
-    rows = n_q * group
-    block_m = max(16, min(128, triton.next_power_of_2(max(rows, group))))
+    """The widest tile of the current architecture that neither spills nor runs mostly empty."""
+    hopper = current_arch() >= 90
+    block_m = max(16, min(128, triton.next_power_of_2(max(n_q * group, group))))
     if head_dim > 128:
         return TileConfig(min(block_m, 64), 32, 4 if block_m < 64 else 8, 2)
     if block_m < 64:
         return TileConfig(block_m, 64, 4, 3)
+    # Without wgmma both operands sit in registers: 64 keys per step spill there at D = 128.
+    block_n = 64 if hopper or head_dim <= 64 else 32
     if block_m == 64:
-        return TileConfig(64, 64, 4, 2)
-    return TileConfig(128, 64, 8, 3)
+        return TileConfig(64, block_n, 4, 2 if hopper else 3)
+    return TileConfig(128, block_n, 8, 3)
 
 
 def plan_tiles(
@@ -210,16 +214,15 @@ def plan_tiles(
     window: int | None = None,
     config: TileConfig | None = None,
     n_splits: int | None = None,
-    processors: int = 132,
 ) -> TilePlan:
     """Cut sorted ``positions`` ``[n_q]`` into tiles and their key ranges (reads them on the host).
 
     Args:
-        processors: streaming multiprocessors; splits are added until about two programs wait for
-            each. 132 on an H100 or H200, 108 on an A100, 148 on a B200.
+        config, n_splits: instead of the ones chosen for the shape. Splits are added until the GPU
+            has about two programs per processor, none shorter than four key blocks.
 
     Raises:
-        ValueError: positions are not sorted, heads do not divide, or the tile is too small for ``G``.
+        ValueError: positions do not ascend, heads do not divide, or ``G`` exceeds the tile.
     """
     group = n_heads // n_kv_heads
     config = config or tile_config(positions.numel(), group, head_dim)
@@ -248,8 +251,8 @@ def plan_tiles(
     full_end = torch.minimum(full_end, end)
     tiles, longest = start.numel(), int((end - begin).max()) if start.numel() else 0
     if n_splits is None:
-        wanted = -(-2 * processors // max(1, tiles * n_kv_heads))
-        n_splits = max(1, min(wanted if wanted > 1 else 1, longest // 4, MAX_SPLITS))
+        wanted = -(-2 * processors() // max(1, tiles * n_kv_heads))
+        n_splits = max(1, min(wanted, longest // 4, MAX_SPLITS))
     split = torch.arange(n_splits)[None, :]
     span = (end - begin)[:, None]
     first = begin[:, None] + span * split // n_splits
@@ -311,7 +314,8 @@ def sparse_attention(
             f"the plan is for (n_q, n_keys, window, G, D) = {made_for}, the call has "
             f"{(n_q, n_keys, window, n_heads // hk, d)}: make a new plan with plan_tiles"
         )
-    q, out, c = q.contiguous(), torch.empty(n_q, n_heads, d, dtype=q.dtype, device=q.device), plan.config
+    q, c = q.contiguous(), plan.config
+    out = torch.empty_like(q)
     if not n_q:
         return out
     split = plan.n_splits > 1
@@ -321,7 +325,8 @@ def sparse_attention(
         lse = torch.empty(plan.n_splits, n_q, n_heads, dtype=torch.float32, device=q.device)
     d_pad = triton.next_power_of_2(d)
     sparse_attention_kernel[(plan.items.shape[0], hk)](
-        q, k, v, part, lse, plan.positions, plan.items, out if keep is None else keep.view(torch.uint8),
+        q, k, v, part, lse, plan.positions, plan.items,
+        plan.items if keep is None else keep.view(torch.uint8),
         n_q, n_heads, n_keys, window or 0, k.stride(0), k.stride(1), scale * LOG2E,
         G=plan.group, D=d, D_PAD=d_pad, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
         WINDOWED=window is not None, KEEP=keep is not None, SPLIT=split,

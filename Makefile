@@ -1,0 +1,53 @@
+# `make demo` and `make test` set everything up on a fresh machine; the second call skips that.
+#
+#   TORCH    what pip installs first, unless torch can be imported already. Keep a torch of your
+#            own (a CUDA build) with: make demo VENV=/path/to/its/venv
+#   EXTRAS   extras of pyproject.toml; a torch that brings its own Triton wants EXTRAS=runtime
+#   VENV     the virtual environment; ARGS: passed on to pytest or to the command
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+EXTRAS ?= runtime,kernels,dev
+PYTHON ?= python3
+ARGS   ?=
+
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready
+RUN   := OMP_NUM_THREADS=1 $(PY) -m
+export MYPYPATH := .typing
+
+.PHONY: help setup demo test check soak bench gpu clean
+
+help:  ## list these verbs
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 14
+
+setup: $(READY)  ## make the virtual environment and install into it
+
+demo: $(READY)  ## the main job: calibrate, tune, run, compare; report in build/demo/
+	$(RUN) cachetune demo $(ARGS)
+
+test: check  ## everything that must hold, in minutes
+	$(RUN) pytest -m "not slow and not gpu" $(ARGS)
+
+check: $(READY)  ## ruff, and mypy (strict) on core
+	$(RUN) ruff check .
+	$(RUN) mypy -p cachetune.core
+
+soak: $(READY)  ## the slow tests too: full counts of kills, fuzz and load
+	$(RUN) pytest -m "not gpu" --timeout 7200 $(ARGS)
+
+bench: $(READY)  ## quality, TTFT and the plan grid; resumable, rows go to results/
+	$(RUN) cachetune bench quality $(ARGS)
+	$(RUN) cachetune bench ttft $(ARGS)
+	$(RUN) cachetune bench grid $(ARGS)
+
+gpu:  ## tests that need a CUDA device, on the Python at hand: no set-up, no network
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pytest -m gpu $(ARGS)
+
+clean:  ## remove what the other verbs made
+	rm -rf .venv build dist cachetune.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import torch' 2>/dev/null || test -z "$(TORCH)" || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,237 @@
+"""Measure this machine with one model: probes on the real executor become a `HardwareProfile`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..core.hardware import Coefficient, FitReport, HardwareProfile, Tier
+from ..core.model_spec import ModelSpec
+from ..core.ops import OpKind
+from ..core.timeline import Timeline
+from ..simulator.cost import DISPATCH_GAP
+from .collect import Measured, collect, run_once
+from .fit import Sample, dispatch_gap, fit_kind, report, solve
+from .probes import Library, Probe, Shape, ladder, plan_with
+
+if TYPE_CHECKING:
+    from ..runtime.loaded_model import LoadedModel
+    from ..runtime.runner import Runner
+    from ..runtime.tiers import TierConfig
+
+RHOS = (0.1, 0.7, 4.0, 25.0)
+"""Transfer over recompute time per token: an H200 with PCIe, NVMe, 10 Gbps and HDD."""
+
+DECODE_BATCHES = (1, 2, 4, 8)
+DECODE_STEPS = 6
+Progress = Callable[[str, int, int], None]
+
+
+def rho_tier(rho: float) -> str:
+    """Name of the tier limited to `rho`."""
+    return f"rho{rho:g}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How thoroughly to measure."""
+
+    max_tokens: int = 1024
+    """Longest probe prompt; held-out checks go to twice it."""
+    n_repeats: int = 3
+    rhos: tuple[float, ...] = RHOS
+    compute_threads: int = 1
+    seed: int = 0
+
+
+def tier_configs(model: ModelSpec, token_s: float, rhos: Sequence[float]) -> list[TierConfig]:
+    """DRAM and file as they are, and DRAM limited to each rho.
+
+    Args:
+        token_s: seconds to recompute one token at the reference length.
+    """
+    from ..runtime.tiers import TierConfig
+
+    configs = [TierConfig("dram", "dram"), TierConfig("file", "file")]
+    for rho in rhos:
+        limit = model.kv_bytes_per_token / (rho * token_s)
+        configs.append(TierConfig(rho_tier(rho), "dram", limit_bytes_per_s=limit))
+    return configs
+
+
+def configs_of(profile: HardwareProfile) -> list[TierConfig]:
+    """The tiers of a profile as the runtime opens them: the same limits."""
+    from ..runtime.tiers import TierConfig
+
+    return [
+        TierConfig(
+            name,
+            "file" if tier.medium == "file" else "dram",
+            limit_bytes_per_s=tier.link_bytes_per_s if tier.limited else None,
+            capacity_bytes=tier.capacity_bytes,
+        )
+        for name, tier in profile.tiers.items()
+    ]
+
+
+def open_runner(profile: HardwareProfile, loaded: LoadedModel, store_dir: str) -> Runner:
+    """A runner whose tiers are the profile's.
+
+    Raises:
+        ProfileError: the profile was measured with another model.
+    """
+    from ..core.errors import ProfileError
+    from ..runtime.runner import Runner
+
+    if profile.model_fingerprint != loaded.fingerprint:
+        raise ProfileError(
+            "the profile must be of this model",
+            values=f"profile {profile.model_fingerprint}, model {loaded.fingerprint}",
+            remedy="calibrate with this model",
+        )
+    threads = profile.device.compute_threads
+    return Runner(loaded, store_dir, configs_of(profile), compute_threads=threads)
+
+
+def calibrate(
+    loaded: LoadedModel, settings: Settings, progress: Progress | None = None
+) -> HardwareProfile:
+    """Probe, fit, assemble. Takes about `n_repeats` x 45 prompts of up to `max_tokens`."""
+    from ..runtime.machine import device_here, provenance_here
+    from ..runtime.runner import Runner
+
+    tell = progress or (lambda what, done, total: None)
+    library = Library(loaded.spec, settings.seed)
+    threads = settings.compute_threads
+    with tempfile.TemporaryDirectory(prefix="cachetune-") as folder:
+        with Runner(loaded, folder, tier_configs(loaded.spec, 1.0, ()), compute_threads=threads) as r:
+            token_s = recompute_s_per_token(r, library, settings)
+        configs = tier_configs(loaded.spec, token_s, settings.rhos)
+        with Runner(loaded, folder, configs, compute_threads=threads) as runner:
+            fast = [c.name for c in configs if c.limit_bytes_per_s is None]
+            probes = ladder(library, [*fast, rho_tier(settings.rhos[0])], settings.max_tokens)
+            measured = collect(
+                runner,
+                probes,
+                settings.n_repeats,
+                lambda done, total: tell("probes", done, total),
+            )
+            decodes = decode_runs(runner, library, settings)
+            unbuffered = {c.name: runner.store.is_unbuffered(c.name) for c in configs}
+    device = device_here(threads)
+    coefficients, fits = fit_all(measured, decodes, loaded.spec, settings.seed)
+    tiers, load, load_fit = fit_tiers(measured, configs, settings.rhos, unbuffered)
+    coefficients["load.op"] = load
+    fits["load"] = load_fit
+    return HardwareProfile(
+        name=f"{device.kind}-{loaded.spec.name}",
+        device=device,
+        model=loaded.spec,
+        model_fingerprint=loaded.fingerprint,
+        tiers=tiers,
+        coefficients=coefficients,
+        fits=fits,
+        provenance=provenance_here(settings.seed),
+    )
+
+
+def recompute_s_per_token(runner: Runner, library: Library, settings: Settings) -> float:
+    """t_c: median time of a full recompute at the longest probe, over its tokens."""
+    shape = Shape(8, settings.max_tokens // 8, 16)
+    probe = Probe("t_c", library.workload(shape), plan_with("full_recompute", 1.0), "dram")
+    run_once(runner, probe)
+    times = [run_once(runner, probe).makespan_ns / 1e9 for _ in range(3)]
+    return median(times) / probe.n_prompt
+
+
+def decode_runs(runner: Runner, library: Library, settings: Settings) -> list[Timeline]:
+    """Closed loops of several batch sizes and contexts, for their decode spans."""
+    timelines = []
+    for batch in DECODE_BATCHES:
+        for size in (settings.max_tokens // 16, settings.max_tokens // 4):
+            base = library.workload(Shape(1, max(16, size), 16))
+            request = base.requests[0].replace(
+                max_output_tokens=DECODE_STEPS, output_tokens=DECODE_STEPS
+            )
+            requests = tuple(request.replace(request_id=i) for i in range(batch))
+            workload = base.replace(requests=requests)
+            plan = plan_with("full_recompute", 1.0)
+            timelines.append(runner.serve(workload, plan, runner.index(plan)).timeline)
+    return timelines
+
+
+def fit_all(
+    measured: Sequence[Measured], decodes: Sequence[Timeline], model: ModelSpec, seed: int
+) -> tuple[dict[str, Coefficient], dict[str, FitReport]]:
+    """Every kind but load."""
+    samples: dict[OpKind, list[Sample]] = {}
+    for one in measured:
+        for op in one.ops():
+            if op.kind != "load" and (op.n_tokens or op.kind == "head"):
+                samples.setdefault(op.kind, []).append(Sample(op, one.median_ns(op.op_id) / 1e9))
+    for timeline in decodes:
+        for span in timeline.spans:
+            if span.op.kind == "decode":
+                samples.setdefault("decode", []).append(Sample(span.op, span.duration_ns / 1e9))
+    coefficients: dict[str, Coefficient] = {}
+    fits: dict[str, FitReport] = {}
+    for kind, found in sorted(samples.items()):
+        fit = fit_kind(kind, found, model, seed)
+        coefficients |= fit.coefficients
+        fits[kind] = fit.report
+    coefficients[DISPATCH_GAP] = dispatch_gap([t for m in measured for t in m.timelines])
+    return coefficients, fits
+
+
+def fit_tiers(
+    measured: Sequence[Measured],
+    configs: Sequence[TierConfig],
+    rhos: Sequence[float],
+    unbuffered: dict[str, bool | None],
+) -> tuple[dict[str, Tier], Coefficient, FitReport]:
+    """Latency per read and rate of each medium; a limited tier has its limit as the link."""
+    by_medium: dict[str, tuple[float, float]] = {}
+    overhead = Coefficient(value=0.0, unit="s", low=0.0, high=0.0)
+    seen: list[tuple[float, float]] = []
+    for config in configs:
+        if config.limit_bytes_per_s is not None:
+            continue
+        samples = [
+            Sample(op, one.median_ns(op.op_id) / 1e9)
+            for one in measured
+            for op in one.ops()
+            if op.kind == "load" and op.tier == config.name and op.n_bytes
+        ]
+        x = np.array([[1.0, s.op.n_reads, s.op.n_bytes] for s in samples])
+        y = np.array([s.seconds for s in samples])
+        if config.medium == "dram":
+            op_s, read_s, byte_s = solve(x, y)
+            overhead = Coefficient(value=float(op_s), unit="s", low=0.0, high=float(2 * op_s))
+        else:
+            rest = np.maximum(y - overhead.value, 1e-9)
+            read_s, byte_s = solve(x[:, 1:], rest)
+        by_medium[config.medium] = (float(read_s), float(byte_s))
+        seen += list(zip(y, overhead.value + x[:, 1:] @ [read_s, byte_s], strict=True))
+    tiers = {}
+    limits = [c for c in configs if c.limit_bytes_per_s is not None]
+    for config in configs:
+        read_s, byte_s = by_medium[config.medium]
+        worker = 1.0 / max(byte_s, 1e-12)
+        limited = config.limit_bytes_per_s is not None
+        tiers[config.name] = Tier(
+            medium=config.medium,
+            link_bytes_per_s=config.limit_bytes_per_s or worker,
+            worker_bytes_per_s=worker,
+            read_latency_s=read_s,
+            capacity_bytes=config.capacity_bytes,
+            limited=limited,
+            rho=rhos[limits.index(config)] if limited else None,
+            unbuffered=unbuffered[config.name],
+        )
+    y, predicted = np.array(seen).T
+    return tiers, overhead, report(y, predicted)

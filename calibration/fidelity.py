@@ -1,0 +1,182 @@
+"""Fidelity: predict held-out schedules, write that down, then measure them.
+
+Both run the same ops (`core.engine.schedule_of`), joined by op id. The A/A error, one half of the
+repeats against the other, is what no model can beat on this machine.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ..core.executor import execute
+from ..core.hardware import HardwareProfile
+from ..core.ops import Schedule
+from ..core.timeline import Timeline
+from ..simulator.executor import SimExecutor
+from .calibrate import open_runner
+from .collect import Measured, run_once
+from .probes import Library, Probe, held_out
+
+if TYPE_CHECKING:
+    from ..runtime.loaded_model import LoadedModel
+    from ..runtime.runner import Runner
+
+TTFT_MEDIAN_BOUND = 0.05
+TTFT_P95_BOUND = 0.12
+OP_MEDIAN_BOUND = 0.08
+
+
+@dataclass
+class Point:
+    """One held-out schedule: predicted before it was measured."""
+
+    name: str
+    tier: str
+    limited: bool
+    policy: str
+    n_prompt: int
+    ttft_ms_predicted: float
+    ttft_ms_measured: list[float]
+    op_ms_predicted: dict[str, float]
+    op_ms_measured: dict[str, list[float]]
+
+    @property
+    def ttft_error(self) -> float:
+        """Signed relative error of the predicted TTFT against the median measured."""
+        measured = median(self.ttft_ms_measured)
+        return (self.ttft_ms_predicted - measured) / measured
+
+    @property
+    def a_a_error(self) -> float:
+        """Median of even repeats against median of odd ones."""
+        even, odd = self.ttft_ms_measured[::2], self.ttft_ms_measured[1::2]
+        return (median(even) - median(odd)) / median(odd)
+
+
+def simulate_schedule(profile: HardwareProfile, schedule: Schedule) -> Timeline:
+    """One fixed DAG on the simulated executor, without noise."""
+    return execute(schedule, SimExecutor(profile))
+
+
+def predict(profile: HardwareProfile, runner: Runner, probes: Sequence[Probe]) -> list[Point]:
+    """Predictions only; nothing of these schedules has run."""
+    points = []
+    for probe in probes:
+        runner.prepare(probe.workload, probe.plan, probe.tier)
+        index = runner.index(probe.plan, probe.tier)
+        _, schedule = runner.schedule(probe.workload, probe.request, probe.plan, index)
+        timeline = simulate_schedule(profile, schedule)
+        points.append(
+            Point(
+                name=probe.name,
+                tier=probe.tier,
+                limited=profile.tier(probe.tier).limited,
+                policy=probe.plan.policy,
+                n_prompt=probe.n_prompt,
+                ttft_ms_predicted=timeline.makespan_ns / 1e6,
+                ttft_ms_measured=[],
+                op_ms_predicted=_by_kind(timeline),
+                op_ms_measured={},
+            )
+        )
+    return points
+
+
+def check(
+    profile: HardwareProfile,
+    loaded: LoadedModel,
+    *,
+    seed: int,
+    n_schedules: int = 30,
+    n_repeats: int = 5,
+    max_tokens: int = 1024,
+    tiers: Sequence[str] | None = None,
+    on_predicted: Callable[[list[dict[str, Any]]], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Point]:
+    """Draw, predict, hand the predictions to `on_predicted`, then measure interleaved repeats."""
+    library = Library(profile.model, seed)
+    names = list(tiers or profile.tiers)
+    probes = held_out(library, names, max_tokens, n_schedules, seed)
+    with tempfile.TemporaryDirectory(prefix="cachetune-") as folder:
+        with open_runner(profile, loaded, folder) as runner:
+            points = predict(profile, runner, probes)
+            if on_predicted is not None:
+                on_predicted([asdict(p) for p in points])
+            measure(runner, probes, points, n_repeats, progress)
+    return points
+
+
+def measure(
+    runner: Runner,
+    probes: Sequence[Probe],
+    points: Sequence[Point],
+    n_repeats: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Fill in the measured values, one warm-up round and then interleaved repeats."""
+    measured = [Measured(p) for p in probes]
+    for turn in range(n_repeats + 1):
+        for i, (one, point) in enumerate(zip(measured, points, strict=True)):
+            timeline = run_once(runner, one.probe)
+            if turn > 0:
+                point.ttft_ms_measured.append(timeline.makespan_ns / 1e6)
+                for kind, ms in _by_kind(timeline).items():
+                    point.op_ms_measured.setdefault(kind, []).append(ms)
+            if progress is not None:
+                progress("held-out", turn * len(probes) + i + 1, len(probes) * (n_repeats + 1))
+
+
+def summarise(points: Sequence[Point]) -> dict[str, Any]:
+    """Errors as fractions: TTFT overall and by kind of tier, by op kind signed and absolute."""
+    out: dict[str, Any] = {"n_points": len(points)}
+    for label, group in (
+        ("", list(points)),
+        ("_limited", [p for p in points if p.limited]),
+        ("_unlimited", [p for p in points if not p.limited]),
+    ):
+        if group:
+            errors = [p.ttft_error for p in group]
+            out[f"ttft_error_median{label}"] = median(abs(e) for e in errors)
+            out[f"ttft_error_p95{label}"] = p95([abs(e) for e in errors])
+            out[f"ttft_error_signed_median{label}"] = median(errors)
+    out["a_a_error_median"] = median(abs(p.a_a_error) for p in points)
+    out["a_a_error_p95"] = p95([abs(p.a_a_error) for p in points])
+    kinds = sorted({k for p in points for k in p.op_ms_predicted})
+    out["by_op"] = {kind: _op_errors(points, kind) for kind in kinds}
+    out["bounds"] = {
+        "ttft_error_median": TTFT_MEDIAN_BOUND,
+        "ttft_error_p95": TTFT_P95_BOUND,
+        "op_error_median": OP_MEDIAN_BOUND,
+    }
+    return out
+
+
+def p95(values: Sequence[float]) -> float:
+    """The smallest value that at least 95 % do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * 95 // 100) - 1)]
+
+
+def _op_errors(points: Sequence[Point], kind: str) -> dict[str, float]:
+    errors = [
+        (p.op_ms_predicted[kind] - median(p.op_ms_measured[kind])) / median(p.op_ms_measured[kind])
+        for p in points
+        if kind in p.op_ms_predicted
+    ]
+    return {
+        "n": len(errors),
+        "error_median": median(abs(e) for e in errors),
+        "signed_median": median(errors),
+    }
+
+
+def _by_kind(timeline: Timeline) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for span in timeline.spans:
+        total[span.op.kind] = total.get(span.op.kind, 0.0) + span.duration_ns / 1e6
+    return total

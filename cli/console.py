@@ -1,0 +1,83 @@
+"""What a command prints: results on stdout (a table, one JSON line), the rest on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title: str = "") -> None:
+    """A table of `columns`: ruled on a terminal, aligned text in a pipe. None prints as '-'."""
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    numeric = [
+        all(isinstance(row.get(c), int | float | None) for row in rows) and bool(rows)
+        for c in columns
+    ]
+    if sys.stdout.isatty():
+        table = Table(title=title or None)
+        for column, right in zip(columns, numeric, strict=True):
+            table.add_column(column, justify="right" if right else "left")
+        for line in cells:
+            table.add_row(*line)
+        Console().print(table)
+        return
+    if title:
+        print(title)
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    for line in [list(columns), *cells]:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        print("  ".join(padded).rstrip())
+
+
+def print_json_line(data: Mapping[str, Any]) -> None:
+    """The result for programs: one line, the last of stdout."""
+    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Pass `items` through, with a bar on stderr when that is a terminal, else one line."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if not sys.stderr.isatty():
+        note(what if total is None else f"{what} ({total})")
+        yield from items
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        yield from bar.track(items, total=total, description=what)
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Something a reader of the result should know, on stderr."""
+    note(f"warning: {text}")
+
+
+def fail(text: str, status: int) -> int:
+    """The one line of an error; returns the exit status."""
+    note(f"cachetune: {' '.join(text.split())}")
+    return status
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value)

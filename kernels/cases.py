@@ -1,0 +1,211 @@
+"""How each kernel of the registry gets its inputs, is run, and is counted.
+
+Inputs are random, never zeros (a GPU runs zeros measurably faster), and the same on every device
+because they are drawn on the CPU; on the ``meta`` device they have shapes and no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import deviation as deviation_gpu
+from . import pack as pack_gpu
+from . import packing, reference
+from . import restore as restore_gpu
+from . import sparse_attention as sparse_gpu
+
+Inputs = dict[str, Any]
+SPARE_SLOTS = 16
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """The functions behind one kernel's cases; see `registry.KernelCase` for their contracts."""
+
+    make: Callable[..., Inputs]
+    reference: Callable[[Inputs], tuple[Tensor, ...]]
+    launch: Callable[[Inputs], tuple[Tensor, ...]]
+    work: Callable[..., tuple[int, int]]
+    rounds: bool = True
+
+
+def _random(seed: int, device: str, dtype: str, *shape: int) -> Tensor:
+    kind = getattr(torch, dtype)
+    if device == "meta":
+        return torch.empty(shape, dtype=kind, device="meta")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, kind)
+
+
+def _positions(n_q: int, n_keys: int, clustered: bool, seed: int = 0) -> Tensor:
+    """Sorted, each once: uniform over the keys, or three quarters of them in the first eighth."""
+    generator = torch.Generator().manual_seed(seed)
+    if not clustered:
+        return torch.randperm(n_keys, generator=generator)[:n_q].sort().values
+    dense, edge = 3 * n_q // 4, n_keys // 8
+    front = torch.randperm(edge, generator=generator)[:dense]
+    back = edge + torch.randperm(n_keys - edge, generator=generator)[: n_q - dense]
+    return torch.cat([front, back]).sort().values
+
+
+def _make_sparse(
+    seed: int, device: str, *, dtype: str, n_q: int, n_keys: int, heads: int, kv_heads: int,
+    head_dim: int, window: int | None = None, holes: bool = False, clustered: bool = False,
+) -> Inputs:  # fmt: skip
+    pos = _positions(n_q, n_keys, clustered, seed)
+    keep = None
+    if holes:
+        generator = torch.Generator().manual_seed(seed)
+        keep = torch.rand(n_keys + SPARE_SLOTS, generator=generator) > 0.25
+        keep[: int(pos[0]) + 1] = False  # the first query sees nothing
+    plan = sparse_gpu.plan_tiles(pos, n_keys, heads, kv_heads, head_dim, window)
+    moved = {"items": plan.items.to(device), "positions": plan.positions.to(device)}
+    kv = [
+        _random(seed + i, device, dtype, kv_heads, n_keys + SPARE_SLOTS, head_dim) for i in (1, 2)
+    ]
+    if device != "meta":
+        for x in kv:
+            x[:, n_keys:] = float("nan")  # slots not in use may hold anything
+    return {
+        "q": _random(seed, device, dtype, n_q, heads, head_dim),
+        "k": kv[0],
+        "v": kv[1],
+        "positions": pos.to(device),
+        "n_keys": n_keys,
+        "scale": head_dim**-0.5,
+        "window": window,
+        "keep": None if keep is None else keep.to(device),
+        "plan": sparse_gpu.TilePlan(**{**vars(plan), **moved}),
+    }
+
+
+def _sparse_reference(x: Inputs) -> tuple[Tensor, ...]:
+    return (reference.sparse_attention(**{key: x[key] for key in x if key != "plan"}),)
+
+
+def _sparse_work(
+    *, dtype: str, n_q: int, n_keys: int, heads: int, kv_heads: int, head_dim: int,
+    window: int | None = None, holes: bool = False, clustered: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    seen = (_positions(n_q, n_keys, clustered) + 1).clamp(max=window or n_keys)
+    size = getattr(torch, dtype).itemsize
+    moved = 2 * size * head_dim * (n_keys * kv_heads + n_q * heads)
+    return moved, 4 * head_dim * heads * int(seen.sum())
+
+
+def _make_restore(
+    seed: int, device: str, *, dtype: str, n: int, kv_heads: int, head_dim: int, k_bits: int,
+    v_bits: int, rotary_dim: int | None = None, interleaved: bool = False,
+) -> Inputs:  # fmt: skip
+    slots = n + SPARE_SLOTS
+    pairs = (rotary_dim or head_dim) // 2
+    inv_freq = ROPE_BASE ** -(torch.arange(pairs) / pairs)
+    tables = reference.rope_tables(inv_freq, torch.arange(slots))
+    order = torch.randperm(slots, generator=torch.Generator().manual_seed(seed))
+    shape = (n, kv_heads, head_dim)
+    values = [_random(seed + i, device, dtype, *shape) for i in (1, 2)]
+    pack = _meta_pack if device == "meta" else packing.pack
+    return {
+        "k": values[0] if k_bits == 16 else pack(values[0], k_bits, "channel"),
+        "v": values[1] if v_bits == 16 else pack(values[1], v_bits, "token"),
+        "positions": order[:n].to(device),
+        "k_out": _random(seed + 3, device, dtype, kv_heads, slots, head_dim),
+        "v_out": _random(seed + 4, device, dtype, kv_heads, slots, head_dim),
+        "cos_table": tables[0].to(device),
+        "sin_table": tables[1].to(device),
+        "interleaved": interleaved,
+    }
+
+
+def _meta_pack(x: Tensor, bits: int, per: packing.Per) -> packing.Packed:
+    n, hk, d = x.shape
+    groups = (-(-n // 32), hk, d) if per == "channel" else (n, hk, -(-d // 32))
+    codes = torch.empty(n, hk, d * bits // 8, dtype=torch.uint8, device="meta")
+    scale = torch.empty(groups, dtype=torch.float16, device="meta")
+    return packing.Packed(codes, scale, scale, bits, per, d)
+
+
+def _restore_reference(x: Inputs) -> tuple[Tensor, ...]:
+    k_out, v_out = x["k_out"].clone(), x["v_out"].clone()
+    k, v = (t if isinstance(t, Tensor) else packing.unpack(t) for t in (x["k"], x["v"]))
+    rope = {key: x[key] for key in ("cos_table", "sin_table", "interleaved")}
+    reference.restore(k.float(), v.float(), x["positions"], k_out, v_out, **rope)
+    return k_out, v_out
+
+
+def _restore_launch(x: Inputs) -> tuple[Tensor, ...]:
+    restore_gpu.restore(**x)
+    return x["k_out"], x["v_out"]
+
+
+def _restore_work(
+    *, dtype: str, n: int, kv_heads: int, head_dim: int, k_bits: int, v_bits: int,
+    rotary_dim: int | None = None, interleaved: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    size, values = getattr(torch, dtype).itemsize, n * kv_heads * head_dim
+    read = sum(_stored_bytes(values, bits, size) for bits in (k_bits, v_bits))
+    tables = 4 * n * (rotary_dim or head_dim)
+    return read + 2 * size * values + tables + 8 * n, 3 * n * kv_heads * (rotary_dim or head_dim)
+
+
+def _stored_bytes(values: int, bits: int, size: int) -> int:
+    return values * size if bits == 16 else values * bits // 8 + values // 8
+
+
+def _make_pack(
+    seed: int, device: str, *, dtype: str, n: int, kv_heads: int, head_dim: int, bits: int, per: str
+) -> Inputs:
+    return {"x": _random(seed, device, dtype, n, kv_heads, head_dim), "bits": bits, "per": per}
+
+
+def _pack_work(
+    *, dtype: str, n: int, kv_heads: int, head_dim: int, bits: int, per: str
+) -> tuple[int, int]:
+    values, size = n * kv_heads * head_dim, getattr(torch, dtype).itemsize
+    return values * size + _stored_bytes(values, bits, size), 6 * values
+
+
+def _fields(p: packing.Packed) -> tuple[Tensor, ...]:
+    return p.codes, p.scale, p.zero
+
+
+def _make_deviation(
+    seed: int, device: str, *, dtype: str, n: int, kv_heads: int, head_dim: int
+) -> Inputs:
+    first, second = (_random(seed + i, device, dtype, n, kv_heads, head_dim) for i in (0, 1))
+    return {"k_new": first, "k_old": second}
+
+
+def _deviation_work(*, dtype: str, n: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
+    values = n * kv_heads * head_dim
+    return 2 * values * getattr(torch, dtype).itemsize + 4 * n, 3 * values
+
+
+FAMILIES = {
+    "sparse_attention": Family(
+        _make_sparse,
+        _sparse_reference,
+        lambda x: (sparse_gpu.sparse_attention(**x),),
+        _sparse_work,
+    ),
+    "restore": Family(_make_restore, _restore_reference, _restore_launch, _restore_work),
+    "pack": Family(
+        _make_pack,
+        lambda x: _fields(packing.pack(**x)),
+        lambda x: _fields(pack_gpu.pack(**x)),
+        _pack_work,
+        rounds=False,
+    ),
+    "deviation": Family(
+        _make_deviation,
+        lambda x: (reference.deviation(**x),),
+        lambda x: (deviation_gpu.deviation(**x),),
+        _deviation_work,
+    ),
+}

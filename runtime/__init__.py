@@ -1,0 +1,1 @@
+"""The real machine: chunk store and tiers, streams, the transformer driver, generation."""

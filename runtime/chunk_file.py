@@ -1,0 +1,351 @@
+"""The chunk file: a header, then one blob of checksummed row groups per layer.
+
+    header   32 bytes fixed | JSON meta | order int32 [N] | zeros to 4 KiB
+    blob     group 0 | group 1 | ... | zeros to 4 KiB                       (one per layer)
+    group    K [32, HK, D] | V [32, HK, D] | xxh3 of both
+
+Row i of a blob is token `order[i]` of the chunk; the last group is filled up with zeros. A
+checksum is seeded with the key, the layer and the group number, so a group that lies in the wrong
+place fails like one with a flipped bit. Sizes come from core/layout.py. Little endian throughout.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from ..core.errors import StoreError
+from ..core.layout import ALIGN_BYTES, GROUP_TOKENS, blob_bytes, group_bytes
+from ..core.model_spec import DTYPE_BYTES, ModelSpec
+from ..core.units import ceil_div, round_up
+
+CHUNK_SUFFIX = ".chunk"
+TEMP_SUFFIX = ".tmp"
+MAGIC = b"CTCHUNK\0"
+FORMAT_VERSION = 1
+_FIXED = struct.Struct("<8sIIIIQ")
+_CHECKSUM = struct.Struct("<Q")
+_CHECKSUM_AT = _FIXED.size - _CHECKSUM.size
+_ORDER_ALIGN = 64
+
+
+class ChunkCorrupt(StoreError):
+    """The bytes of a chunk are not what was written: flipped, cut off, swapped or missing.
+
+    `layer` and `group` are None when the whole file or its header is bad.
+    """
+
+    def __init__(
+        self, key: str, why: str, layer: int | None = None, group: int | None = None
+    ) -> None:
+        self.key = key
+        self.layer = layer
+        self.group = group
+        where = "" if layer is None else f" layer {layer}"
+        super().__init__(
+            "every row read from the chunk store must match its checksum",
+            values=f"chunk {key}{where}: {why}",
+            remedy="discard the chunk and encode it again",
+        )
+
+
+@dataclass(frozen=True)
+class ChunkMeta:
+    """What a chunk file says of itself. `shape` is (layers, kv heads, head dim)."""
+
+    key: str
+    content_id: str
+    n_tokens: int
+    model_fingerprint: str
+    shape: tuple[int, int, int]
+    dtype: str
+    kind: Literal["isolated", "prefix"]
+    chain: str
+    order_name: str
+    tenant_id: str
+    tier: str
+
+
+def encode_header(meta: ChunkMeta, order: np.ndarray) -> bytes:
+    """The header with `order` int32 [N], padded to 4 KiB."""
+    text = json.dumps(asdict(meta), sort_keys=True).encode()
+    order_at = round_up(_FIXED.size + len(text), _ORDER_ALIGN)
+    size = round_up(order_at + 4 * meta.n_tokens, ALIGN_BYTES)
+    data = bytearray(size)
+    _FIXED.pack_into(data, 0, MAGIC, FORMAT_VERSION, size, len(text), meta.n_tokens, 0)
+    data[_FIXED.size : _FIXED.size + len(text)] = text
+    data[order_at : order_at + 4 * meta.n_tokens] = order.astype("<i4").tobytes()
+    _CHECKSUM.pack_into(data, _CHECKSUM_AT, _header_checksum(data))
+    return bytes(data)
+
+
+def _header_size(start: bytes, key: str, file_bytes: int) -> int:
+    """Bytes of the header whose first `ALIGN_BYTES` (or fewer) are `start`.
+
+    Raises:
+        ChunkCorrupt: no chunk file, another format version, or longer than the file.
+    """
+    if len(start) < _FIXED.size:
+        raise ChunkCorrupt(key, f"the file ends after {len(start)} bytes")
+    magic, version, size, n_text, n_tokens, _ = _FIXED.unpack_from(start)
+    if magic != MAGIC or version != FORMAT_VERSION:
+        raise ChunkCorrupt(key, f"not a chunk file of format {FORMAT_VERSION}")
+    need = round_up(round_up(_FIXED.size + n_text, _ORDER_ALIGN) + 4 * n_tokens, ALIGN_BYTES)
+    if size != need or size > file_bytes:
+        raise ChunkCorrupt(key, f"header of {size} bytes in a file of {file_bytes}")
+    return size
+
+
+def _decode_header(data: bytes, key: str) -> tuple[ChunkMeta, np.ndarray]:
+    """Meta and order (int32 [N]) of a whole header.
+
+    Raises:
+        ChunkCorrupt: a checksum that does not match, or the header of another chunk.
+    """
+    *_, n_text, n_tokens, stored = _FIXED.unpack_from(data)
+    if _header_checksum(data) != stored:
+        raise ChunkCorrupt(key, "the header's checksum does not match")
+    fields = json.loads(data[_FIXED.size : _FIXED.size + n_text])
+    meta = ChunkMeta(**{**fields, "shape": tuple(fields["shape"])})
+    if meta.key != key:
+        raise ChunkCorrupt(key, f"the file holds chunk {meta.key}")
+    order_at = round_up(_FIXED.size + n_text, _ORDER_ALIGN)
+    return meta, np.frombuffer(data, dtype="<i4", count=n_tokens, offset=order_at)
+
+
+def read_header(path: Path) -> tuple[ChunkMeta, np.ndarray, int]:
+    """Meta, order int32 [N] and header bytes of a chunk file, verified.
+
+    Raises:
+        ChunkCorrupt: cut off, another chunk's, or a checksum that does not match.
+        OSError: the file cannot be read.
+    """
+    key = path.name.removesuffix(CHUNK_SUFFIX)
+    with path.open("rb", buffering=0) as f:
+        start = f.read(ALIGN_BYTES)
+        size = _header_size(start, key, os.fstat(f.fileno()).st_size)
+        data = start + f.read(size - len(start))
+    if len(data) != size:
+        raise ChunkCorrupt(key, f"the file ends after {len(data)} bytes")
+    return *_decode_header(data, key), size
+
+
+def write_chunk(path: Path, header: bytes, blobs: np.ndarray) -> None:
+    """Write a chunk file whole or not at all, safe on disk when this returns.
+
+    Raises:
+        StoreError: no space, no permission; nothing is left behind.
+    """
+    temp = path.with_name(f".{path.name}{TEMP_SUFFIX}")
+    fd = -1
+    try:
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        for part in (memoryview(header), memoryview(blobs)):
+            while part:
+                part = part[os.write(fd, part) :]
+        os.fsync(fd)
+        if hasattr(os, "posix_fadvise"):
+            # Kept in the page cache, a fresh chunk would be faster to read than an old one.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.rename(temp, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise cannot_write(path.parent, e) from None
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` safe on disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def cannot_write(folder: Path, e: OSError) -> StoreError:
+    """The error for a folder that refuses to be written to."""
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free space or discard chunks" if full else "choose a folder you may write to"
+    return StoreError(
+        "the chunk store must be able to write", values=f"{folder}: {e.strerror}", remedy=remedy
+    )
+
+
+def _header_checksum(data: bytes | bytearray) -> int:
+    state = xxh3_64(bytes(data[:_CHECKSUM_AT]))
+    state.update(bytes(data[_FIXED.size :]))
+    return state.intdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of one model's blobs, in bytes and elements."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    item_bytes: int
+    group_bytes: int
+
+    @staticmethod
+    def of(model: ModelSpec) -> Geometry:
+        """The geometry of `model`."""
+        dtype = getattr(torch, model.dtype)
+        item = DTYPE_BYTES[model.dtype]
+        return Geometry(
+            model.n_layers, model.n_kv_heads, model.head_dim, dtype, item, group_bytes(model)
+        )
+
+    def read_bytes(self, n_rows: int) -> int:
+        """`core.layout.read_bytes` for this model, without its look-ups."""
+        n_bytes = -(-n_rows // GROUP_TOKENS) * self.group_bytes
+        return -(-n_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+    def groups(self, elements: Tensor, at_byte: int, n_groups: int) -> Tensor:
+        """View [G, 2, 32, HK, D] of the groups that start at `at_byte`; axis 1 is K, V."""
+        row = self.n_kv_heads * self.head_dim
+        return elements.as_strided(
+            (n_groups, 2, GROUP_TOKENS, self.n_kv_heads, self.head_dim),
+            (self.group_bytes // self.item_bytes, GROUP_TOKENS * row, row, self.head_dim, 1),
+            at_byte // self.item_bytes,
+        )
+
+
+def chunk_seed(key: str) -> int:
+    """Checksum seed of a chunk; below 2^63, so adding layer and group cannot wrap."""
+    return xxh3_64_intdigest(key.encode()) >> 1
+
+
+def layer_seed(seed: int, layer: int) -> int:
+    """Seed of group 0 of `layer`; group g adds g."""
+    return seed + (layer << 32)
+
+
+def first_bad_group(
+    data: memoryview, at_byte: int, groups: range, group_size: int, seed: int
+) -> int | None:
+    """First of `groups` whose checksum fails; `at_byte` is group 0, `seed` that of the layer."""
+    payload = group_size - _CHECKSUM.size
+    unpack = _CHECKSUM.unpack_from
+    at = at_byte + groups.start * group_size
+    for group in groups:
+        end = at + payload
+        if xxh3_64_intdigest(data[at:end], seed + group) != unpack(data, end)[0]:
+            return group
+        at += group_size
+    return None
+
+
+def pack_blobs(model: ModelSpec, key: str, k: Tensor, v: Tensor, order: Tensor) -> np.ndarray:
+    """All blobs of a chunk, uint8 [chunk bytes].
+
+    Args:
+        k: keys before RoPE, [L, N, HK, D] in token order, on the CPU.
+        v: values, same shape.
+        order: int64 [N]; stored row i is token `order[i]`.
+    """
+    shape = Geometry.of(model)
+    n_tokens = order.numel()
+    n_groups, blob = ceil_div(n_tokens, GROUP_TOKENS), blob_bytes(model, n_tokens)
+    data = np.zeros(model.n_layers * blob, dtype=np.uint8)
+    elements = torch.from_numpy(data).view(shape.dtype)
+    n_full = n_tokens // GROUP_TOKENS
+    view, seed = memoryview(data), chunk_seed(key)
+    for layer in range(model.n_layers):
+        at = layer * blob
+        groups = shape.groups(elements, at, n_groups)
+        for half, source in enumerate((k, v)):
+            rows = source[layer].index_select(0, order)
+            full = rows[: n_full * GROUP_TOKENS]
+            groups[:n_full, half] = full.view(n_full, GROUP_TOKENS, *rows.shape[1:])
+            if n_full < n_groups:
+                rest = rows[n_full * GROUP_TOKENS :]
+                groups[n_full, half, : rest.shape[0]] = rest
+        start = layer_seed(seed, layer)
+        for group in range(n_groups):
+            end = at + (group + 1) * shape.group_bytes - _CHECKSUM.size
+            first = at + group * shape.group_bytes
+            _CHECKSUM.pack_into(data, end, xxh3_64_intdigest(view[first:end], start + group))
+    return data
+
+
+class LayerRows:
+    """Verified rows of some layers of one chunk, in a staging buffer that it keeps alive.
+
+    The buffer goes back to its pool when the last view of it is gone. `n_bytes` and `n_requests`
+    say what was read.
+    """
+
+    __slots__ = (
+        "_at_byte", "_elements", "_shape", "layer_start", "n_bytes", "n_requests", "n_rows", "tier",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        shape: Geometry,
+        staging: np.ndarray,
+        layer_start: int,
+        n_rows: tuple[int, ...],
+        at_byte: list[int],
+    ) -> None:
+        self._shape = shape
+        self._elements = torch.from_numpy(staging).view(shape.dtype)
+        self._at_byte = at_byte
+        self.layer_start = layer_start
+        self.n_rows = n_rows
+        self.n_bytes = 0
+        self.n_requests = 0
+        self.tier = ""
+
+    def groups(self, layer: int) -> Tensor:
+        """View [G, 2, 32, HK, D] of the groups read of `layer`, K then V, nothing copied.
+
+        Rows from `n_rows` on are other tokens of the last group, or its filling.
+        """
+        i = self._position(layer)
+        return self._shape.groups(
+            self._elements, self._at_byte[i], ceil_div(self.n_rows[i], GROUP_TOKENS)
+        )
+
+    def k(self, layer: int) -> Tensor:
+        """Keys before RoPE, [n_rows, HK, D]: row i is token `order[i]`. Do not write to it."""
+        return self._half(layer, 0)
+
+    def v(self, layer: int) -> Tensor:
+        """Values, [n_rows, HK, D]. Do not write to it."""
+        return self._half(layer, 1)
+
+    def _half(self, layer: int, half: int) -> Tensor:
+        # One group is a view; several lie apart (V and checksum between), so they are joined.
+        n_rows = self.n_rows[self._position(layer)]
+        return self.groups(layer)[:, half].flatten(0, 1)[:n_rows]
+
+    def _position(self, layer: int) -> int:
+        i = layer - self.layer_start
+        if not 0 <= i < len(self.n_rows):
+            stop = self.layer_start + len(self.n_rows)
+            raise StoreError(
+                "the layer must be one that was read",
+                values=f"layer {layer}, read {self.layer_start}..{stop - 1}",
+                remedy="read it first",
+            )
+        return i

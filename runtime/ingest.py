@@ -1,0 +1,154 @@
+"""Preparing chunks off the request path: encode alone, score, order, store.
+
+The time of each part is kept: it is the preparation that other reports leave out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import selectors
+from ..core.chunk_index import ChunkEntry, chain_id, content_id_of
+from ..core.plan import SelectorName
+from ..core.rng import rng
+from .chunk_store import ChunkStore
+from .transformer import Transformer
+
+NEIGHBOURS_TOKENS = 256
+"""Text put before a chunk to see which of its tokens depend on what stands there."""
+
+
+@dataclass
+class PreparationLedger:
+    """Seconds spent preparing, by part."""
+
+    encode_s: float = 0.0
+    score_s: float = 0.0
+    write_s: float = 0.0
+    n_chunks: int = 0
+    n_tokens: int = 0
+    by_content: dict[str, float] = field(default_factory=dict)
+
+
+class Ingestor:
+    """Puts chunks into a store in the order a selector asks for."""
+
+    def __init__(self, transformer: Transformer, store: ChunkStore, *, seed: int = 0) -> None:
+        self.transformer = transformer
+        self.store = store
+        self.seed = seed
+        self.ledger = PreparationLedger()
+
+    @torch.inference_mode()
+    def ingest(
+        self,
+        token_ids: Sequence[int],
+        *,
+        selector: SelectorName,
+        tier: str,
+        neighbours: Sequence[Sequence[int]] = (),
+        tenant: str = "",
+    ) -> ChunkEntry:
+        """Encode a chunk alone, rank its tokens and store it; a chunk already kept is left."""
+        content_id = content_id_of(token_ids)
+        started = time.perf_counter()
+        ids = torch.tensor(list(token_ids))
+        k, v = self.transformer.encode(ids)
+        encoded = time.perf_counter()
+        order = self._order(selector, content_id, ids, k, v, neighbours)
+        scored = time.perf_counter()
+        entry = self.store.put(
+            content_id, k, v, order, order_name=selector, tier=tier, tenant=tenant
+        )
+        written = time.perf_counter()
+        self._note(content_id, len(token_ids), encoded - started, scored - encoded, written - scored)
+        return entry
+
+    @torch.inference_mode()
+    def ingest_prefix(
+        self,
+        chunks: Sequence[Sequence[int]],
+        *,
+        selector: SelectorName,
+        tier: str,
+        tenant: str = "",
+    ) -> list[ChunkEntry]:
+        """Store chunks as they are behind one another: exact `prefix` entries of that chain."""
+        flat = torch.tensor([t for chunk in chunks for t in chunk])
+        k, v = self.transformer.encode(flat)
+        entries = []
+        chain = ""
+        start = 0
+        for chunk in chunks:
+            content_id = content_id_of(chunk)
+            chain = chain_id(chain, content_id)
+            stop = start + len(chunk)
+            entry = self.store.put(
+                content_id,
+                k[:, start:stop],
+                v[:, start:stop],
+                torch.arange(stop - start),
+                order_name=selector,
+                tier=tier,
+                kind="prefix",
+                chain=chain,
+                tenant=tenant,
+            )
+            entries.append(entry)
+            start = stop
+        return entries
+
+    def _order(
+        self,
+        selector: SelectorName,
+        content_id: str,
+        ids: Tensor,
+        k: Tensor,
+        v: Tensor,
+        neighbours: Sequence[Sequence[int]],
+    ) -> Tensor:
+        k_np, v_np = k.float().numpy(), v.float().numpy()
+        n = len(ids)
+        if selector == "low_pass":
+            score = selectors.low_pass_score(k_np, v_np)
+        elif selector == "high_pass":
+            score = selectors.high_pass_score(k_np, v_np)
+        elif selector == "chunk_start":
+            score = selectors.chunk_start_score(n)
+        elif selector == "random":
+            score = selectors.random_score(n, content_id, self.seed)
+        else:
+            behind = self._behind(content_id, ids, neighbours)
+            score = selectors.spread_high_pass_score(k_np, v_np, behind)
+        return torch.from_numpy(selectors.stored_order(score))
+
+    def _behind(
+        self, content_id: str, ids: Tensor, neighbours: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """V of the chunk behind several other texts of the library."""
+        others = [n for n in neighbours if content_id_of(n) != content_id]
+        count = min(selectors.SPREAD_NEIGHBOURS, len(others))
+        if count < 2:
+            raise ValueError(f"spread_high_pass needs two other chunks, got {len(others)}")
+        pick = rng(self.seed, "neighbours", content_id).permutation(len(others))[:count]
+        out = []
+        for i in pick:
+            text = torch.tensor(list(others[i])[-NEIGHBOURS_TOKENS:])
+            _, v = self.transformer.encode(ids, behind=text)
+            out.append(v.float().numpy())
+        return out
+
+    def _note(self, content_id: str, n: int, encode: float, score: float, write: float) -> None:
+        ledger = self.ledger
+        ledger.encode_s += encode
+        ledger.score_s += score
+        ledger.write_s += write
+        ledger.n_chunks += 1
+        ledger.n_tokens += n
+        ledger.by_content[content_id] = encode + score + write

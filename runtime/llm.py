@@ -1,0 +1,207 @@
+"""`LLM(model, plan=...).generate(prompts)`: the user's door, in the shape people know."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from ..core.chunk_index import content_id_of
+from ..core.errors import WorkloadError
+from ..core.metrics import request_metrics
+from ..core.plan import ReusePlan, TunedPlan
+from ..core.policies import order_of
+from ..core.workload import Content, Request, Workload
+from .loaded_model import LoadedModel, load_model
+from .machine import device_here
+from .rope_gate import check_rope
+from .runner import Runner, RunResult
+from .tiers import TierConfig
+
+Text = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Reusable chunks in order, then a suffix that is always computed.
+
+    Each part is text (the `LLM` needs a tokenizer then) or token ids.
+    """
+
+    chunks: Sequence[Text]
+    suffix: Text
+    max_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of one prompt."""
+
+    token_ids: list[int]
+    text: str | None
+    ttft_ms: float
+    n_prompt_tokens: int
+    n_reused_tokens: int
+
+
+class LLM:
+    """A model with a chunk store behind it.
+
+    Args:
+        model: Hugging Face folder, a shape's name, a module, or a `LoadedModel`.
+        plan: a `ReusePlan`, a `TunedPlan` or the path of one; None reuses by default knobs.
+        store_dir: where chunks are kept; None keeps them for the life of this object.
+        tier: where newly ingested chunks go.
+        tiers: the tiers there are; DRAM and a local file tier by default.
+        tokenizer: anything with `encode(text)` and `decode(ids)`.
+        ingest: when chunks that were not found are stored: after the answers, or never.
+        allow_mismatch: load a plan that was tuned for another machine or model.
+
+    Raises:
+        ModelError: family or RoPE kind not supported, or the RoPE gate fails.
+        PlanError: the plan is for another machine or model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module | LoadedModel,
+        plan: ReusePlan | TunedPlan | str | Path | None = None,
+        *,
+        store_dir: str | Path | None = None,
+        tier: str = "dram",
+        tiers: Sequence[TierConfig] | None = None,
+        tokenizer: Any = None,
+        dtype: str = "float32",
+        ingest: Literal["after", "never"] = "after",
+        allow_mismatch: bool = False,
+        compute_threads: int = 1,
+    ) -> None:
+        loaded = model if isinstance(model, LoadedModel) else load_model(model, dtype)
+        self.plan = self._plan(plan, loaded, compute_threads, allow_mismatch)
+        self._temp = tempfile.TemporaryDirectory() if store_dir is None else None
+        folder = self._temp.name if self._temp is not None else store_dir
+        assert folder is not None
+        default = (TierConfig("dram", "dram"), TierConfig("file", "file"))
+        self.runner = Runner(loaded, folder, tiers or default, compute_threads=compute_threads)
+        check_rope(self.runner.transformer)
+        self.tier = tier
+        self.tokenizer = tokenizer
+        self.ingest_when = ingest
+
+    def ingest(self, chunks: Sequence[Text]) -> list[str]:
+        """Store chunks ahead of time; returns their content ids."""
+        texts = [self._ids(chunk) for chunk in chunks]
+        order = order_of(self.plan)
+        return [
+            self.runner.ingestor.ingest(
+                ids, selector=order, tier=self.tier, neighbours=texts
+            ).content_id
+            for ids in texts
+        ]
+
+    def generate(self, prompts: Sequence[Prompt], *, ignore_eos: bool = False) -> list[Completion]:
+        """Answer prompts, batched as they fit; greedy.
+
+        Raises:
+            WorkloadError: no prompts, or one longer than the model's context.
+        """
+        workload = self._workload(prompts)
+        stop = None if ignore_eos else self._stop_token()
+        index = self.runner.index(self.plan)
+        result = self.runner.serve(workload, self.plan, index, stop_token=stop)
+        if self.ingest_when == "after":
+            self._ingest_missed(workload)
+        return self._completions(workload, result)
+
+    def close(self) -> None:
+        """Close the store; a temporary one is removed."""
+        self.runner.close()
+        if self._temp is not None:
+            self._temp.cleanup()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @staticmethod
+    def _plan(
+        plan: ReusePlan | TunedPlan | str | Path | None,
+        loaded: LoadedModel,
+        compute_threads: int,
+        allow_mismatch: bool,
+    ) -> ReusePlan:
+        if plan is None:
+            return ReusePlan()
+        if isinstance(plan, ReusePlan):
+            return plan
+        tuned = plan if isinstance(plan, TunedPlan) else TunedPlan.read(plan)
+        here = device_here(compute_threads).fingerprint()
+        tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
+        return tuned.plan
+
+    def _ids(self, text: Text) -> list[int]:
+        if not isinstance(text, str):
+            return [int(t) for t in text]
+        if self.tokenizer is None:
+            raise WorkloadError(
+                "text needs a tokenizer", values=repr(text[:40]), remedy="pass tokenizer= or ids"
+            )
+        encoded = self.tokenizer.encode(text)
+        return list(getattr(encoded, "ids", encoded))
+
+    def _workload(self, prompts: Sequence[Prompt]) -> Workload:
+        contents: dict[str, Content] = {}
+        requests = []
+        for number, prompt in enumerate(prompts):
+            names = []
+            for chunk in prompt.chunks:
+                ids = tuple(self._ids(chunk))
+                name = content_id_of(ids)
+                contents.setdefault(name, Content(n_tokens=len(ids), token_ids=ids))
+                names.append(name)
+            suffix = tuple(self._ids(prompt.suffix))
+            requests.append(
+                Request(
+                    request_id=number,
+                    arrival_ns=0,
+                    chunks=tuple(names),
+                    suffix_tokens=len(suffix),
+                    suffix_ids=suffix,
+                    max_output_tokens=prompt.max_tokens,
+                    output_tokens=prompt.max_tokens,
+                )
+            )
+        if not requests:
+            raise WorkloadError("generate needs at least one prompt", values="0")
+        return Workload(name="generate", contents=contents, requests=tuple(requests))
+
+    def _stop_token(self) -> int | None:
+        eos = getattr(self.runner.loaded.hf.generation_config, "eos_token_id", None)
+        return eos if isinstance(eos, int) else None
+
+    def _ingest_missed(self, workload: Workload) -> None:
+        if self.plan.policy != "full_recompute":
+            self.runner.prepare(workload, self.plan, self.tier, only_missing=True)
+
+    def _completions(self, workload: Workload, result: RunResult) -> list[Completion]:
+        metrics = request_metrics(result.timeline, workload)
+        out = []
+        for request in workload.requests:
+            ids = result.token_ids[request.request_id]
+            reused = result.n_reused_tokens.get(request.request_id, 0)
+            out.append(
+                Completion(
+                    token_ids=ids,
+                    text=self.tokenizer.decode(ids) if self.tokenizer is not None else None,
+                    ttft_ms=metrics[request.request_id].ttft_ms,
+                    n_prompt_tokens=workload.prompt_tokens(request),
+                    n_reused_tokens=reused,
+                )
+            )
+        return out

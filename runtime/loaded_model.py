@@ -1,0 +1,127 @@
+"""`LoadedModel`: a Hugging Face decoder, its spec and its fingerprint.
+
+The library's layers, weights and RoPE are used as they are. Pre-RoPE K is caught by a hook on
+`k_norm` where the family has one, else on `k_proj`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from ..core.errors import ModelError
+from ..core.model_spec import ModelSpec, spec_from_hf_config
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-tiny": dict(n=4, hidden=128, heads=4, kv=2, ffn=256, vocab=512),
+    "llama-10m": dict(n=8, hidden=256, heads=8, kv=4, ffn=768, vocab=4096),
+    "llama-25m": dict(n=10, hidden=384, heads=6, kv=2, ffn=1152, vocab=4096),
+    "llama-100m": dict(n=12, hidden=768, heads=12, kv=4, ffn=2304, vocab=4096),
+}
+"""Shapes with random weights: TTFT does not depend on weights."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder that is ready to be driven layer by layer."""
+
+    hf: Any
+    spec: ModelSpec
+    fingerprint: str
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, first to last."""
+        return list(self.hf.model.layers)
+
+
+def load_model(source: str | Path | nn.Module, dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """A model from a Hugging Face folder, a shape's name (random weights) or a module.
+
+    Args:
+        source: folder with `config.json`, a key of `SHAPES`, or a causal-LM module.
+        dtype: float32, bfloat16 or float16; ignored for a module.
+        seed: of the random weights.
+
+    Raises:
+        ModelError: unknown source, family or RoPE kind.
+    """
+    if isinstance(source, nn.Module):
+        return _wrap(source, type(source).__name__)
+    if str(source) in SHAPES:
+        return _wrap(_random_llama(str(source), dtype, seed), str(source))
+    folder = Path(source)
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            "the model must be a folder with config.json or a known shape",
+            values=repr(str(source)),
+            remedy=f"known shapes: {', '.join(SHAPES)}",
+        )
+    config = json.loads((folder / "config.json").read_text())
+    spec_from_hf_config(config)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return _wrap(model, folder.name)
+
+
+def random_model(config: Any, dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """A model of any supported Hugging Face configuration with random weights."""
+    spec_from_hf_config(config.to_dict())
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return _wrap(model, f"random-{config.model_type}")
+
+
+def _random_llama(name: str, dtype: str, seed: int) -> nn.Module:
+    from transformers import LlamaConfig
+
+    shape = SHAPES[name]
+    config = LlamaConfig(
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["ffn"],
+        num_hidden_layers=shape["n"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        vocab_size=shape["vocab"],
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    )
+    model: nn.Module = random_model(config, dtype, seed).hf
+    return model
+
+
+def _wrap(model: Any, name: str) -> LoadedModel:
+    from .attention import ATTENTION_NAME, register_attention
+
+    config = model.config.to_dict()
+    parameter = next(model.parameters())
+    config["dtype"] = str(parameter.dtype).removeprefix("torch.")
+    spec = spec_from_hf_config(config, name)
+    register_attention()
+    fingerprint = _fingerprint(model, spec)
+    model.set_attn_implementation(ATTENTION_NAME)
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(model, spec, fingerprint)
+
+
+def _fingerprint(model: nn.Module, spec: ModelSpec) -> str:
+    """Hash of the RoPE frequencies, the spec without its name, and every weight."""
+    digest = xxhash.xxh3_128()
+    digest.update(spec.replace(name="").fingerprint().encode())
+    rotary = model.model.rotary_emb  # type: ignore[union-attr]
+    digest.update(rotary.inv_freq.float().cpu().numpy().tobytes())  # type: ignore[union-attr,operator]
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

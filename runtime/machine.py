@@ -1,0 +1,77 @@
+"""What machine this is: the device whose fingerprint profiles and plans carry."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from ..core.hardware import Device, Provenance
+
+
+def device_here(compute_threads: int = 1) -> Device:
+    """The CPU of this machine as a device."""
+    return Device(
+        name=_cpu_name(),
+        kind="cpu",
+        n_cores=len(os.sched_getaffinity(0)),
+        # Whole GiB: the kernel's own share varies a little from boot to boot.
+        memory_bytes=(_memory_bytes() >> 30) << 30,
+        compute_threads=compute_threads,
+    )
+
+
+def provenance_here(seed: int, command: str | None = None) -> Provenance:
+    """Command, commit, machine, versions and date of this run."""
+    return Provenance(
+        command=command or "cachetune " + " ".join(sys.argv[1:]),
+        commit=_commit(),
+        machine=f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores",
+        versions=_versions(),
+        date=datetime.date.today().isoformat(),
+        seed=seed,
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy", "simpy", "optuna"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,219 @@
+"""`Runner`: runs workloads and fixed schedules for real. Calibration, tuning and `LLM` use it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..core.block_pool import BlockPool
+from ..core.chunk_index import ChunkIndex
+from ..core.decision import ReuseDecision
+from ..core.engine import Engine, schedule_of
+from ..core.errors import WorkloadError
+from ..core.executor import execute, serve
+from ..core.ops import Op, Schedule
+from ..core.plan import ReusePlan
+from ..core.policies import order_of
+from ..core.timeline import Timeline
+from ..core.workload import Request, Workload
+from .chunk_store import ChunkStore
+from .executor import CpuExecutor
+from .handlers import Handlers
+from .ingest import Ingestor
+from .kv_buffer import KvPool
+from .loaded_model import LoadedModel
+from .session import Session
+from .tiers import TierConfig
+from .transformer import Transformer
+
+
+@dataclass
+class RunResult:
+    """What a run left: its timeline, and per request the tokens made."""
+
+    timeline: Timeline
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    suffix_logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    n_reused_tokens: dict[int, int] = field(default_factory=dict)
+    """Tokens loaded rather than computed, at the last layer."""
+    n_fallbacks: int = 0
+    n_read_failures: int = 0
+
+
+class Runner:
+    """One model, one store, one device. `tiers` may be rate limited to act as slower ones."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        store_dir: str | Path,
+        tiers: Sequence[TierConfig],
+        *,
+        kv_capacity_tokens: int = 1 << 17,
+        compute_threads: int = 1,
+        seed: int = 0,
+    ) -> None:
+        torch.set_num_threads(compute_threads)
+        self.loaded = loaded
+        self.spec = loaded.spec
+        self.compute_threads = compute_threads
+        self.transformer = Transformer(loaded)
+        self.store = ChunkStore(Path(store_dir), self.spec, loaded.fingerprint, tiers)
+        self.ingestor = Ingestor(self.transformer, self.store, seed=seed)
+        self.kv_capacity_tokens = kv_capacity_tokens
+        self._pool = KvPool(self.spec)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def prepare(
+        self, workload: Workload, plan: ReusePlan, tier: str, *, only_missing: bool = False
+    ) -> None:
+        """Have every content of `workload` in `tier`, in the order `plan` needs.
+
+        With `only_missing`, chunks that are kept stay in the tier they are in.
+        """
+        order = order_of(plan)
+        held = self.store.index(order)
+        texts = [c.token_ids for c in workload.contents.values() if c.token_ids is not None]
+        for content_id, content in workload.contents.items():
+            entry = held.lookup([content_id])[0]
+            if entry is None:
+                if content.token_ids is None:
+                    raise WorkloadError(
+                        "a workload that is run for real needs token ids",
+                        values=f"content '{content_id}' has none",
+                        remedy="add token_ids to the table of contents, or simulate it",
+                    )
+                entry = self.ingestor.ingest(
+                    content.token_ids, selector=order, tier=tier, neighbours=texts
+                )
+            elif only_missing:
+                continue
+            self.store.place(entry.key, tier)
+
+    def index(self, plan: ReusePlan, tier: str | None = None) -> ChunkIndex:
+        """What a policy may use under `plan`; all in `tier` if one is given."""
+        return self.store.index(order_of(plan), tier=tier)
+
+    def schedule(
+        self, workload: Workload, request: Request, plan: ReusePlan, index: ChunkIndex
+    ) -> tuple[ReuseDecision, Schedule]:
+        """The fixed DAG of one request."""
+        decision, ops = schedule_of(workload, request, self.spec, plan, index)
+        return decision, Schedule.of(ops, label=f"{plan.policy}/{request.request_id}")
+
+    def execute(
+        self,
+        workload: Workload,
+        request: Request,
+        plan: ReusePlan,
+        index: ChunkIndex,
+        *,
+        keep_suffix_logits: bool = False,
+    ) -> RunResult:
+        """Run one request's fixed DAG (prompt and first token)."""
+        decision, schedule = self.schedule(workload, request, plan, index)
+        result = RunResult(Timeline((), 0, ()))
+
+        def source(request_id: int, attempt: int) -> Session:
+            return self._session(
+                workload, request, attempt, decision, keep_suffix_logits=keep_suffix_logits
+            )
+
+        handlers = self._handlers(plan)
+        with CpuExecutor(handlers, source, lambda s: self._collect(result, s)) as executor:
+            executor.warm({op.stream for op in schedule.ops})
+            result.timeline = execute(schedule, executor)
+            for session in executor.open_sessions():
+                self._collect(result, session)
+        result.n_read_failures = handlers.n_read_failures
+        return result
+
+    def serve(
+        self,
+        workload: Workload,
+        plan: ReusePlan,
+        index: ChunkIndex,
+        *,
+        stop_token: int | None = None,
+    ) -> RunResult:
+        """Serve a workload in the closed loop of the engine."""
+        workload.check_fits(self.spec)
+        blocks = BlockPool(self.kv_capacity_tokens // 16)
+        engine = Engine(workload, self.spec, plan, index, blocks)
+        requests = {r.request_id: r for r in workload.requests}
+        result = RunResult(Timeline((), 0, ()))
+
+        def source(request_id: int, attempt: int) -> Session:
+            decision = engine.decision_of(request_id)
+            request = requests[request_id]
+            return self._session(workload, request, attempt, decision, stop_token=stop_token)
+
+        handlers = self._handlers(plan)
+        with CpuExecutor(handlers, source, lambda s: self._collect(result, s)) as executor:
+            result.timeline = serve(workload, engine, executor)
+        result.n_fallbacks = engine.n_fallbacks
+        result.n_read_failures = handlers.n_read_failures
+        return result
+
+    def _handlers(self, plan: ReusePlan) -> Handlers:
+        return Handlers(self.transformer, self.store, plan.request_bytes)
+
+    def _collect(self, result: RunResult, session: Session) -> None:
+        request_id = session.request_id
+        result.token_ids[request_id] = list(session.new_tokens)
+        last = self.spec.n_layers - 1
+        result.n_reused_tokens[request_id] = session.n_prompt - session.decision.n_computed(
+            last, self.spec.n_layers
+        )
+        if session.suffix_logits is not None:
+            result.suffix_logits[session.request_id] = session.suffix_logits
+        self._pool.give_back(session.buffer)
+
+    def _session(
+        self,
+        workload: Workload,
+        request: Request,
+        attempt: int,
+        decision: ReuseDecision,
+        *,
+        stop_token: int | None = None,
+        keep_suffix_logits: bool = False,
+    ) -> Session:
+        ids = [workload.contents[c].token_ids for c in request.chunks]
+        if request.suffix_ids is None or any(i is None for i in ids):
+            raise WorkloadError(
+                "a workload that is run for real needs token ids",
+                values=f"request {request.request_id} lacks some",
+                remedy="add token_ids and suffix_ids, or simulate it",
+            )
+        flat = [t for chunk in ids if chunk is not None for t in chunk]
+        token_ids = torch.tensor([*flat, *request.suffix_ids])
+        orders = {
+            i: self.store.order(fate.key)
+            for i, fate in enumerate(decision.chunks)
+            if fate.is_loaded
+        }
+        return Session(
+            request.request_id,
+            attempt,
+            token_ids,
+            decision,
+            orders,
+            self._pool.take(len(token_ids) + request.max_output_tokens),
+            request.output_tokens,
+            self.spec.n_layers,
+            stop_token=stop_token,
+            keep_suffix_logits=keep_suffix_logits,
+        )

@@ -1,0 +1,346 @@
+"""Where chunk bytes are read from: RAM or a file, each fast or acting as a slower medium."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, Self
+
+import numpy as np
+
+from ..core.errors import CapacityError, StoreError
+from ..core.layout import ALIGN_BYTES, GROUP_TOKENS
+from .chunk_file import ChunkCorrupt, Geometry, first_bad_group, layer_seed
+from .rate_limit import RateLimiter
+
+log = logging.getLogger(__name__)
+
+MIN_BUFFER_BYTES = 64 << 10
+POOL_BYTES_PER_SIZE = 128 << 20
+MIN_FREE_PER_SIZE = 4
+
+
+@dataclass(frozen=True)
+class TierConfig:
+    """One place to read chunks from.
+
+    With `limit_bytes_per_s` the medium acts as a slower one: its workers share a link of that
+    rate, and every request also takes `read_latency_s`. Without it, no latency is added.
+    `capacity_bytes` counts blobs (`core.layout.chunk_bytes`), headers left out; None is unbounded.
+    """
+
+    name: str
+    medium: Literal["dram", "file"]
+    limit_bytes_per_s: float | None = None
+    capacity_bytes: int | None = None
+    read_latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        rate = self.limit_bytes_per_s
+        if (
+            self.medium not in ("dram", "file")
+            or (rate is not None and not rate > 0)
+            or (self.capacity_bytes is not None and self.capacity_bytes < 0)
+            or not self.read_latency_s >= 0
+        ):
+            raise StoreError(
+                "a tier must be dram or file, its limit above 0, capacity and latency not below 0",
+                values=repr(self),
+                remedy="correct the value, or leave it out",
+            )
+
+
+class StoreTier:
+    """A tier of an open store: its configuration, its link and how full it is."""
+
+    def __init__(self, config: TierConfig, files: FileMedium) -> None:
+        self.config = config
+        self.name = config.name
+        self.limiter: RateLimiter | None = None
+        if config.limit_bytes_per_s is not None:
+            self.limiter = RateLimiter(config.limit_bytes_per_s, config.read_latency_s)
+        self.used_bytes = 0
+        """Bytes kept and bytes promised to writers; the store changes it under its lock."""
+        self._files = files
+
+    @property
+    def is_dram(self) -> bool:
+        """True when chunks are served from RAM."""
+        return self.config.medium == "dram"
+
+    @property
+    def unbuffered(self) -> bool | None:
+        """For files: whether reads bypass the page cache. None for RAM."""
+        return None if self.is_dram else self._files.unbuffered
+
+    @property
+    def overfull(self) -> bool:
+        """True when more is kept than the capacity, as after opening with a smaller one."""
+        capacity = self.config.capacity_bytes
+        return capacity is not None and self.used_bytes > capacity
+
+    def fits(self, n_bytes: int) -> bool:
+        """Whether `n_bytes` more can be kept now.
+
+        Raises:
+            CapacityError: they could not be kept even if the tier were empty.
+        """
+        capacity = self.config.capacity_bytes
+        if capacity is None:
+            return True
+        if n_bytes > capacity:
+            raise CapacityError(
+                f"a chunk must fit into its tier '{self.name}'",
+                values=f"{n_bytes} bytes for a capacity of {capacity}",
+                remedy="raise capacity_bytes, or use smaller chunks",
+            )
+        return self.used_bytes + n_bytes <= capacity
+
+
+class BufferPool:
+    """Page-aligned staging buffers, used again so that their pages are faulted in once.
+
+    A buffer is lent as an array; it comes back by itself when the array and all tensors over it
+    are gone, so a view can never see the bytes of a later read.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, deque[mmap.mmap]] = {}
+        self._lent: dict[int, _Loan] = {}
+
+    def lend(self, n_bytes: int) -> np.ndarray:
+        """A uint8 array of at least `n_bytes`, contents undefined."""
+        size = max(MIN_BUFFER_BYTES, 1 << (n_bytes - 1).bit_length())
+        free = self._free.get(size)
+        if free is None:
+            keep = max(MIN_FREE_PER_SIZE, POOL_BYTES_PER_SIZE // size)
+            free = self._free.setdefault(size, deque(maxlen=keep))
+        try:
+            pages = free.pop()
+        except IndexError:
+            pages = mmap.mmap(-1, size)
+        array = np.frombuffer(pages, dtype=np.uint8)
+        loan = _Loan(array, self._take_back)
+        loan.pages, loan.size = pages, size
+        self._lent[id(loan)] = loan
+        return array
+
+    def _take_back(self, loan: _Loan) -> None:
+        # Runs wherever the last view dies, lock or not: only atomic calls. A full deque drops
+        # the oldest buffer.
+        self._lent.pop(id(loan), None)
+        self._free[loan.size].append(loan.pages)
+
+
+class _Loan(weakref.ref):  # type: ignore[type-arg]
+    __slots__ = ("pages", "size")
+
+    pages: mmap.mmap
+    size: int
+
+    def __new__(cls, array: np.ndarray, take_back: Callable[[_Loan], None]) -> Self:
+        return super().__new__(cls, array, take_back)
+
+
+class Source(Protocol):
+    """An open chunk to read blobs from. `at_byte` counts from the first blob."""
+
+    def read_into(self, out: memoryview, at_byte: int) -> int:
+        """Fill `out`; returns the bytes there were, fewer at the end of the chunk."""
+
+    def close(self) -> None:
+        """Let go of the file, if there is one."""
+
+
+class RamSource:
+    """A chunk that lies in RAM: uint8 [chunk bytes]."""
+
+    def __init__(self, blobs: np.ndarray) -> None:
+        self._blobs = blobs
+
+    def read_into(self, out: memoryview, at_byte: int) -> int:
+        """Copy; the interpreter lock is free meanwhile."""
+        part = self._blobs[at_byte : at_byte + len(out)]
+        np.copyto(np.frombuffer(out, dtype=np.uint8)[: part.size], part)
+        return int(part.size)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class FileSource:
+    """A chunk file, read past the page cache where that works."""
+
+    def __init__(self, medium: FileMedium, path: str, blobs_at: int) -> None:
+        self._medium = medium
+        self._path = path
+        self._blobs_at = blobs_at
+        self._open()
+
+    def _open(self) -> None:
+        self._fd, self._direct = self._medium.open(self._path)
+
+    def read_into(self, out: memoryview, at_byte: int) -> int:
+        """Read; a medium that refuses O_DIRECT on its first read is read buffered from then on."""
+        offset = self._blobs_at + at_byte
+        try:
+            done = os.preadv(self._fd, [out], offset)
+        except OSError as e:
+            if e.errno != errno.EINVAL or not self._direct:
+                raise
+            self._medium.fall_back(e.strerror)
+            self.close()
+            self._open()
+            done = os.preadv(self._fd, [out], offset)
+        # A short read is the end of the file or, rarely, only short: ask again, whole sectors on.
+        while 0 < done < len(out) and done % ALIGN_BYTES == 0:
+            more = os.preadv(self._fd, [out[done:]], offset + done)
+            if more == 0:
+                break
+            done += more
+        return done
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+class FileMedium:
+    """The chunk files' folder: probes O_DIRECT once and opens files for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        self.unbuffered = False
+        self._lock = threading.Lock()
+        why = _probe_direct(folder)
+        if why is None:
+            self.unbuffered = True
+        else:
+            self._warn(str(folder), why)
+
+    def open(self, path: str) -> tuple[int, bool]:
+        """A file descriptor, which the caller closes, and whether it bypasses the page cache."""
+        if self.unbuffered:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT), True
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                self.fall_back(e.strerror)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+
+    def fall_back(self, why: str) -> None:
+        """Read through the page cache from now on; says so once."""
+        with self._lock:
+            if not self.unbuffered:
+                return
+            self.unbuffered = False
+        self._warn("the chunk store", why)
+
+    @staticmethod
+    def _warn(where: str, why: str) -> None:
+        log.warning(
+            "reads of %s go through the page cache (no O_DIRECT: %s); "
+            "file tiers look as fast as memory",
+            where,
+            why,
+        )
+
+
+def _probe_direct(folder: Path) -> str | None:
+    """None when O_DIRECT reads work in `folder`, else why not.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    if not hasattr(os, "O_DIRECT"):
+        return "unknown to this system"
+    fd, path = tempfile.mkstemp(dir=folder, prefix=".probe-", suffix=".tmp")
+    try:
+        os.write(fd, bytes(ALIGN_BYTES))
+        page = mmap.mmap(-1, ALIGN_BYTES)
+        try:
+            direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as e:
+            return e.strerror
+        try:
+            os.preadv(direct, [page], 0)
+        except OSError as e:
+            return e.strerror
+        finally:
+            os.close(direct)
+    finally:
+        os.close(fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    return None
+
+
+class ReadRun:
+    """One read under way: fetches layers request by request and verifies them as they come.
+
+    On a limited tier verifying falls into the time of the slot, as on a medium that is slow.
+    """
+
+    __slots__ = (
+        "_blob_bytes", "_key", "_limiter", "_out", "_request_bytes", "_seed", "_shape", "_slot_s",
+        "_source", "n_requests",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        key: str,
+        shape: Geometry,
+        blob_bytes: int,
+        seed: int,
+        source: Source,
+        limiter: RateLimiter | None,
+        out: memoryview,
+        request_bytes: int,
+    ) -> None:
+        self._key = key
+        self._shape = shape
+        self._blob_bytes = blob_bytes
+        self._seed = seed
+        self._source = source
+        self._limiter = limiter
+        self._out = out
+        self._request_bytes = request_bytes
+        self._slot_s: float | None = None
+        self.n_requests = 0
+
+    def read_layer(self, layer: int, at_byte: int, n_groups: int) -> None:
+        """Bring the first groups of a layer to `at_byte` of the buffer.
+
+        Raises:
+            ChunkCorrupt: not all of them match.
+        """
+        shape, limiter = self._shape, self._limiter
+        n_bytes = shape.read_bytes(n_groups * GROUP_TOKENS)
+        seed, n_good, slot_s = layer_seed(self._seed, layer), 0, 0.0
+        for start in range(0, n_bytes, self._request_bytes):
+            stop = min(start + self._request_bytes, n_bytes)
+            if limiter is not None:
+                slot_s = limiter.reserve(stop - start, self._slot_s)
+            part = self._out[at_byte + start : at_byte + stop]
+            n_read = self._source.read_into(part, layer * self._blob_bytes + start)
+            self.n_requests += 1
+            if n_read < stop - start:
+                raise ChunkCorrupt(self._key, "the file is cut off", layer)
+            ready = min(stop // shape.group_bytes, n_groups)
+            bad = first_bad_group(self._out, at_byte, range(n_good, ready), shape.group_bytes, seed)
+            if bad is not None:
+                raise ChunkCorrupt(self._key, f"checksum of row group {bad}", layer, bad)
+            n_good = ready
+            if limiter is not None:
+                limiter.wait(slot_s)
+                self._slot_s = slot_s

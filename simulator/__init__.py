@@ -1,0 +1,1 @@
+"""Floor 1: the simulated executor, its cost model, streams and links. No torch."""

@@ -1,0 +1,198 @@
+"""`SimExecutor`: the simulated doer. SimPy in integer nanoseconds, byte-identical per seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import simpy
+
+from ..core.errors import InvariantViolation
+from ..core.hardware import HardwareProfile
+from ..core.ops import NOTHING, Op, Outcome, Span
+from ..core.rng import rng
+from .cost import CostModel
+from .resources import Link, Stream, Task, later
+
+N_DRAWS = 256
+"""Noise factors drawn at a time: one call per op would cost more than the op."""
+
+
+class SimExecutor:
+    """Implements `core.executor.Executor`.
+
+    Args:
+        profile: tiers and coefficients.
+        seed: root of the noise streams.
+        noise: standard deviation of the logarithm of a factor on every duration; its mean is
+            one. Factors come from one random stream per op stream, in its order, so that a change
+            on one stream moves no draw on another.
+        outcomes: recorded outcomes by op id, replayed as they are (parity of adaptive policies,
+            failed reads).
+
+    Raises:
+        ProfileError: the profile lacks `dispatch.gap`; other coefficients are missed when used.
+    """
+
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        *,
+        seed: int = 0,
+        noise: float = 0.0,
+        outcomes: Mapping[int, Outcome] | None = None,
+    ) -> None:
+        self._cost = CostModel(profile)
+        self._gap_ns = self._cost.dispatch_gap_ns
+        self._seed = seed
+        self._noise = noise
+        self._outcomes = outcomes or {}
+        self._env = simpy.Environment()
+        self._streams: dict[tuple[int, str], Stream] = {}
+        self._links: dict[str, Link] = {}
+        self._open: dict[int, Task] = {}
+        self._ended: set[int] = set()
+        self._finished: list[Span] = []
+        self._factors: dict[str, _Factors] = {}
+        self._n_submitted = 0
+
+    def now_ns(self) -> int:
+        """The simulated clock."""
+        return int(self._env.now)
+
+    def submit(self, ops: Sequence[Op]) -> None:
+        """Queue ops on their streams, in this order.
+
+        Raises:
+            InvariantViolation: an op id comes twice, or a dependency was never submitted.
+        """
+        now = int(self._env.now)
+        touched: dict[Stream, None] = {}
+        for op in ops:
+            if op.op_id in self._open or op.op_id in self._ended:
+                raise InvariantViolation(f"op ids are unique, but {op.op_id} comes twice")
+            stream = self._stream(op)
+            task = Task(op, self._n_submitted, now, stream)
+            self._n_submitted += 1
+            for dep in op.deps:
+                before = self._open.get(dep)
+                if before is not None:
+                    before.dependents.append(task)
+                    task.n_unmet += 1
+                elif dep not in self._ended:
+                    raise InvariantViolation(
+                        f"INV-3 op {op.op_id} waits for {dep}, which was never submitted"
+                    )
+            self._open[op.op_id] = task
+            stream.queue.append(task)
+            touched[stream] = None
+        for stream in touched:
+            self._start_next(stream)
+
+    def wait(self, until_ns: int | None) -> list[Span]:
+        """Spans that end at the earliest moment any does, all of that nanosecond.
+
+        An op that ends exactly at `until_ns` is returned; only then is the clock's arrival there
+        an empty list.
+        """
+        env = self._env
+        while self._open:
+            at = env.peek()
+            if self._finished:
+                if at > env.now:
+                    break
+            elif until_ns is not None and at > until_ns:
+                break
+            env.step()
+        if self._finished:
+            finished, self._finished = self._finished, []
+            return finished
+        if until_ns is not None and until_ns > env.now:
+            env.run(until=until_ns)
+        return []
+
+    def _stream(self, op: Op) -> Stream:
+        key = (op.device, op.stream)
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = self._streams[key] = Stream(f"{op.device}:{op.stream}")
+        return stream
+
+    def _link(self, tier: str) -> Link:
+        link = self._links.get(tier)
+        if link is None:
+            link = Link(self._env, self._cost.profile.tier(tier), self._end)
+            self._links[tier] = link
+        return link
+
+    def _start_next(self, stream: Stream) -> None:
+        """Start the head of the queue if the stream is free and its dependencies have ended."""
+        if stream.is_busy or not stream.queue or stream.queue[0].n_unmet:
+            return
+        task = stream.queue.popleft()
+        stream.is_busy = True
+        task.start_ns = int(self._env.now) + self._gap_ns
+        factor = self._factor(stream) if self._noise else 1.0
+        if task.op.kind == "load":
+            parts = self._cost.load_ns(task.op)
+            delay = self._gap_ns + round(parts.fixed_ns * factor)
+            n_bytes = round(parts.n_bytes * factor)
+            next_step = self._move if n_bytes else self._on_timeout
+            later(self._env, delay, next_step, (task, n_bytes))
+            return
+        delay = self._gap_ns + round(self._cost.duration_ns(task.op) * factor)
+        later(self._env, delay, self._on_timeout, (task, 0))
+
+    def _move(self, event: simpy.Event) -> None:
+        moved: tuple[Task, int] = event.value  # type: ignore[assignment]
+        task, n_bytes = moved
+        self._link(task.op.tier).join(task, n_bytes)
+
+    def _on_timeout(self, event: simpy.Event) -> None:
+        ended: tuple[Task, int] = event.value  # type: ignore[assignment]
+        self._end(ended[0])
+
+    def _end(self, task: Task) -> None:
+        """Record the span, free the stream, and start whatever waited for either."""
+        op = task.op
+        self._finished.append(
+            Span(
+                op,
+                task.seq,
+                task.submit_ns,
+                task.start_ns,
+                int(self._env.now),
+                self._outcomes.get(op.op_id, NOTHING),
+            )
+        )
+        del self._open[op.op_id]
+        self._ended.add(op.op_id)
+        task.stream.is_busy = False
+        self._start_next(task.stream)
+        for waiting in task.dependents:
+            waiting.n_unmet -= 1
+            if not waiting.n_unmet and waiting.stream.queue[0] is waiting:
+                self._start_next(waiting.stream)
+
+    def _factor(self, stream: Stream) -> float:
+        factors = self._factors.get(stream.name)
+        if factors is None:
+            factors = self._factors[stream.name] = _Factors(self._seed, stream.name, self._noise)
+        return factors.next()
+
+
+class _Factors:
+    """Log-normal factors with mean one, from one named random stream."""
+
+    __slots__ = ("_draws", "_rng", "_sigma")
+
+    def __init__(self, seed: int, name: str, sigma: float) -> None:
+        self._rng = rng(seed, "noise", name)
+        self._sigma = sigma
+        self._draws: list[float] = []
+
+    def next(self) -> float:
+        if not self._draws:
+            z = self._rng.standard_normal(N_DRAWS)
+            self._draws = np.exp(self._sigma * z - self._sigma**2 / 2)[::-1].tolist()
+        return self._draws.pop()
