@@ -1,9 +1,11 @@
 """Train the small Llama decoder on which reuse quality is measured.
 
     python -m cachetune.calibration.train_toy --out DIR --seed 0 --minutes 30
+    python -m cachetune.calibration.train_toy --out DIR2 --init DIR --lr 1e-3 --minutes 8
 
-The learning rate and the curriculum follow elapsed time, so the weights depend on the speed of
-the machine; the seed fixes the initial weights and the sequence of training data per level.
+The second form continues from saved weights at full context length. The learning rate and the
+curriculum follow elapsed time, so the weights depend on the speed of the machine; the seed fixes
+the initial weights and the stream of training data.
 """
 
 from __future__ import annotations
@@ -24,7 +26,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .tasks import ASK, NOT_A_VALUE, TASK_NAMES, VOCAB_SIZE, TaskInstance, make_instance, stream
+from .tasks import (
+    ANSWER_0,
+    ASK,
+    HEADER_0,
+    NOT_A_VALUE,
+    TASK_NAMES,
+    VOCAB_SIZE,
+    TaskInstance,
+    TaskName,
+    make_instance,
+    pose,
+    stream,
+)
 
 IGNORE = -100
 CURRICULUM_CHUNKS = (1, 2, 4, 8)
@@ -32,7 +46,8 @@ LEVEL_DEADLINES = (0.15, 0.30, 0.45, 1.0)
 LEVEL_UP_ACCURACY = 0.90
 REHEARSAL_PROBABILITY = 0.15
 TOKENS_PER_STEP = 4096
-PEAK_LR, WARMUP_STEPS, CLIP_NORM = 2e-3, 50, 1.0
+ZEROED_HEADERS = 0.15
+WARMUP_STEPS, CLIP_NORM = 50, 1.0
 RESOLVED_WEIGHT, KEY_WEIGHT, LM_WEIGHT = 0.5, 0.25, 0.25
 # The auxiliary heads read the residual stream before the layers that need the information.
 KEY_DEPTH, RESOLVED_DEPTH = 2, 3
@@ -99,11 +114,28 @@ def collate(instances: list[TaskInstance]) -> Batch:
     return Batch(*(torch.from_numpy(a) for a in (ids, answer, resolved, key, following)))
 
 
+def training_instance(rng: np.random.Generator, task: TaskName, n_chunks: int) -> TaskInstance:
+    """A context in which some headers are set to shift 0.
+
+    A header of shift 0 reads like no header at all, and a model trained on uniform shifts
+    overlooks it and takes an older one: such headers have to be frequent in training.
+    """
+    one = make_instance(rng, task, n_chunks)
+    if task == "recall":
+        return one
+    zeroed = rng.random(n_chunks) < ZEROED_HEADERS
+    chunks = [
+        tuple(HEADER_0 if zero and HEADER_0 <= t < ANSWER_0 else t for t in chunk)
+        for chunk, zero in zip(one.chunks, zeroed, strict=True)
+    ]
+    return pose(rng, task, chunks)
+
+
 def draw(rng: np.random.Generator, n_chunks: int) -> Batch:
     """A batch of about TOKENS_PER_STEP tokens, both tasks in equal parts."""
     pairs = max(1, TOKENS_PER_STEP // (2 * 70 * n_chunks))
     tasks = TASK_NAMES * pairs
-    return collate([make_instance(rng, task, n_chunks) for task in tasks])
+    return collate([training_instance(rng, task, n_chunks) for task in tasks])
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -165,16 +197,22 @@ def evaluate(
 def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, int]:
     """Train for `args.minutes`, writing the log and a rolling copy of the weights to `args.out`."""
     torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(toy_config())
+    last = len(CURRICULUM_CHUNKS) - 1
+    if args.init:
+        model, level = LlamaForCausalLM.from_pretrained(args.init), last
+    else:
+        model, level = LlamaForCausalLM(toy_config()), 0
     heads = nn.ModuleDict({n: AuxiliaryHead(model.config.hidden_size) for n in ("resolved", "key")})
     params = [*model.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(params, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    rng = stream("train", args.seed)
+    optimiser = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    rng = stream(f"train/{len(args.previous)}", args.seed)
     start_s = last_save_s = time.monotonic()
-    level, step, running = 0, 0, 0.0
+    step, running = 0, 0.0
     with (args.out / "training_log.jsonl").open("w") as log:
+        if args.init:
+            log.write((args.init / "training_log.jsonl").read_text())
         while (done := (time.monotonic() - start_s) / (60 * args.minutes)) < 1.0:
-            rate = PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS)
+            rate = args.lr * min(1.0, (step + 1) / WARMUP_STEPS)
             rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -190,12 +228,12 @@ def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, int]:
                 worst = min(scores["header_accuracy"], scores["recall_accuracy"])
                 running = 0.9 * running + 0.1 * worst
             if step % LOG_EVERY_STEPS == 0:
-                row = {"step": step, "minutes": round(done * args.minutes, 2), "chunks": n_chunks}
+                row = {"step": step, "minutes": round(done * args.minutes, 2)}
+                row |= {"stage": len(args.previous), "chunks": n_chunks}
                 rounded = {name: round(value, 4) for name, value in scores.items()}
                 log.write(json.dumps(row | {"lr": round(rate, 6)} | rounded) + "\n")
                 log.flush()
-            last = level == len(CURRICULUM_CHUNKS) - 1
-            if not last and (running > LEVEL_UP_ACCURACY or done > LEVEL_DEADLINES[level]):
+            if level < last and (running > LEVEL_UP_ACCURACY or done > LEVEL_DEADLINES[level]):
                 level, running = level + 1, 0.0
             if time.monotonic() - last_save_s > SAVE_EVERY_S:
                 model.save_pretrained(args.out)
@@ -205,24 +243,35 @@ def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, int]:
     return model, step
 
 
+def previous_stages(directory: Path) -> list[dict[str, object]]:
+    """Records of the trainings that led to the weights in `directory`, oldest first."""
+    record = json.loads((directory / "training.json").read_text())
+    earlier = record.pop("previous_stages", [])
+    return [*earlier, record]
+
+
 def main() -> None:
     """Train, save the model and write what was done and reached to `training.json`."""
     parser = argparse.ArgumentParser(description="Train the small decoder for quality.")
     parser.add_argument("--out", type=Path, required=True, help="directory for the weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30.0, help="training time")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--init", type=Path, help="continue from the weights in this directory")
     parser.add_argument("--contexts", type=int, default=60, help="contexts per final evaluation")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    args.previous = previous_stages(args.init) if args.init else []
     model, steps = train(args)
     model.save_pretrained(args.out)
     summary = {
         "command": f"python -m cachetune.calibration.train_toy --out DIR --seed {args.seed} "
-        f"--minutes {args.minutes:g}",
+        f"--minutes {args.minutes:g} --lr {args.lr:g}" + (" --init PREVIOUS" if args.init else ""),
         "seed": args.seed,
         "steps": steps,
         "minutes": args.minutes,
+        "zeroed_headers": ZEROED_HEADERS,
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {
@@ -234,6 +283,7 @@ def main() -> None:
         "evaluation_seed": args.seed + 2000,
         "evaluation_contexts": args.contexts,
         "evaluation": evaluate(model, args.seed + 2000, args.contexts),
+        "previous_stages": args.previous,
     }
     (args.out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     json.dump(summary["evaluation"], sys.stdout)

@@ -21,6 +21,7 @@ from .console import fail
 COMMANDS = ("demo", "calibrate", "tune", "simulate", "run", "bench", "schema")
 """In the order of `--help`."""
 
+DEFAULT_ARGS = ["--help"]
 INPUT_ERROR = 2
 INTERRUPTED = 130
 
@@ -33,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Other exceptions are our bugs and keep their traceback.
     """
-    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    args = list(sys.argv[1:] if argv is None else argv) or DEFAULT_ARGS
     try:
         status = app(_asked_for(args))(args, prog_name="cachetune", standalone_mode=False)
+        if status == INTERRUPTED:  # some versions of typer catch Ctrl-C themselves
+            raise KeyboardInterrupt
     except CacheTuneError as e:
         status = fail(str(e), INPUT_ERROR)
     except _UsageError as e:

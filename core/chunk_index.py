@@ -107,8 +107,11 @@ class ChunkIndex:
         entry, tenant = found
         self._used[entry.tier] -= entry.n_bytes
         del self._tick_of[key]
-        table = self._prefix if entry.kind == "prefix" else self._isolated
-        table.pop((tenant, entry.chain if entry.kind == "prefix" else entry.content_id), None)
+        is_prefix = entry.kind == "prefix"
+        table = self._prefix if is_prefix else self._isolated
+        name = tenant, entry.chain if is_prefix else entry.content_id
+        if table.get(name) is entry:  # a later entry of the same content stays
+            del table[name]
 
     def lookup(self, content_ids: Iterable[str], tenant: str = "") -> list[ChunkEntry | None]:
         """The best entry for each chunk of a prompt, in order: `prefix` before `isolated`."""

@@ -119,8 +119,9 @@ class _Lowering:
         """One load per chunk: all its layers, workers in turn."""
         whole = _Group(0, self.model.n_layers)
         loads = []
+        n_layers = self.model.n_layers
         for ordinal, fate in enumerate(self.decision.chunks):
-            if fate.is_loaded:
+            if any(self.decision.n_loaded(ordinal, layer, n_layers) for layer in range(n_layers)):
                 stream = io_stream(fate.tier, ordinal % self.plan.n_io_workers)
                 loads.append(self._load(stream, (ordinal,), whole, []))
         return loads
@@ -223,8 +224,10 @@ class _Lowering:
         candidates = [i for i, c in enumerate(self.decision.chunks) if c.is_loaded and not c.exact]
         if ordinal not in candidates:
             return 0
-        share, extra = divmod(self.decision.n_selected, len(candidates))
-        return share + (candidates.index(ordinal) < extra)
+        total = sum(self.decision.chunks[i].n_tokens for i in candidates)
+        before = sum(self.decision.chunks[i].n_tokens for i in candidates if i < ordinal)
+        n_selected = self.decision.n_selected
+        return (before + fate.n_tokens) * n_selected // total - before * n_selected // total
 
     def _piece_segments(self) -> list[tuple[Segment, ...]]:
         """Cut the computed rows into pieces; a chunk whose rows differ by band is never cut."""

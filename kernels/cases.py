@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import decode_quantised as decode_gpu
+from . import decode_reference, packing, reference
 from . import deviation as deviation_gpu
+from . import gather_host as gather_gpu
 from . import pack as pack_gpu
-from . import packing, reference
 from . import restore as restore_gpu
 from . import sparse_attention as sparse_gpu
 
@@ -70,8 +72,10 @@ def _make_sparse(
         _random(seed + i, device, dtype, kv_heads, n_keys + SPARE_SLOTS, head_dim) for i in (1, 2)
     ]
     if device != "meta":
-        for x in kv:
-            x[:, n_keys:] = float("nan")  # slots not in use may hold anything
+        for x in kv:  # slots not in use and slots left out may hold anything
+            x[:, n_keys:] = float("nan")
+            if keep is not None:
+                x[:, ~keep] = float("nan")
     return {
         "q": _random(seed, device, dtype, n_q, heads, head_dim),
         "k": kv[0],
@@ -187,6 +191,82 @@ def _deviation_work(*, dtype: str, n: int, kv_heads: int, head_dim: int) -> tupl
     return 2 * values * getattr(torch, dtype).itemsize + 4 * n, 3 * values
 
 
+def _make_decode(
+    seed: int, device: str, *, dtype: str, batch: int, pages: int, heads: int, kv_heads: int,
+    head_dim: int, k_bits: int, v_bits: int, window: int, turn: bool = True,
+    rotary_dim: int | None = None, interleaved: bool = False,
+) -> Inputs:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    pool, shape = 2 * pages, (64 * pages, kv_heads, head_dim)
+    pack = _meta_pack if device == "meta" else packing.pack
+    pages_of = [torch.randperm(pool, generator=generator)[:pages] for _ in range(batch)]
+    offsets = torch.arange(32).repeat(pool, 1)
+    offsets[1::3, 5::7] = -1  # slots without a token
+    counts = pages - torch.arange(batch) % 3
+    counts[-1] = pages if batch == 1 else 0
+    near = (window - torch.arange(batch)).clamp(min=0)
+    pairs = (rotary_dim or head_dim) // 2
+    inv_freq = ROPE_BASE ** -(torch.arange(pairs) / pairs)
+    tables = reference.rope_tables(inv_freq, torch.arange(32 * pages))
+    base = 32 * torch.arange(pages).repeat(batch, 1)
+
+    def whole(x: Tensor) -> Tensor:
+        return x.to(device, torch.int32).contiguous()
+
+    near_kv = [_random(seed + i, device, dtype, batch, kv_heads, window, head_dim) for i in (3, 4)]
+    return {
+        "q": _random(seed, device, dtype, batch, heads, head_dim),
+        "pool": decode_reference.PagePool(
+            pack(_random(seed + 1, device, dtype, *shape), k_bits, "channel"),
+            pack(_random(seed + 2, device, dtype, *shape), v_bits, "token"),
+            whole(offsets),
+        ),
+        "table": decode_reference.PageTable(
+            whole(torch.stack(pages_of)), whole(base), whole(counts)
+        ),
+        "window": decode_reference.Window(*near_kv, whole(near)),
+        "scale": head_dim**-0.5,
+        "cos_table": tables[0].to(device) if turn else None,
+        "sin_table": tables[1].to(device) if turn else None,
+        "interleaved": interleaved,
+    }
+
+
+def _decode_work(
+    *, dtype: str, batch: int, pages: int, heads: int, kv_heads: int, head_dim: int, k_bits: int,
+    v_bits: int, window: int, turn: bool = True, rotary_dim: int | None = None,
+    interleaved: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    size, tokens = getattr(torch, dtype).itemsize, 32 * batch * pages
+    values = tokens * kv_heads * head_dim
+    moved = sum(_stored_bytes(values, bits, size) for bits in (k_bits, v_bits))
+    moved += 2 * size * batch * head_dim * (window * kv_heads + heads)
+    return moved, 4 * heads * head_dim * (tokens + batch * window)
+
+
+def _make_gather(seed: int, device: str, *, dtype: str, n: int, row_bytes: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    host = "meta" if device == "meta" else "cpu"
+    words = torch.empty(2 * n, row_bytes, dtype=getattr(torch, dtype), device=host)
+    if host == "cpu":
+        words.random_(0, 256, generator=generator)
+    return {
+        "source": words.pin_memory() if device.startswith("cuda") else words,
+        "rows": torch.randperm(2 * n, generator=generator)[:n],
+        "out": torch.zeros(n, row_bytes, dtype=words.dtype, device=device),
+        "path": "kernel",
+    }
+
+
+def _gather_launch(x: Inputs) -> tuple[Tensor, ...]:
+    gather_gpu.gather_host(**x)
+    return (x["out"],)
+
+
+def _gather_work(*, dtype: str, n: int, row_bytes: int) -> tuple[int, int]:
+    return 2 * n * row_bytes, 0
+
+
 FAMILIES = {
     "sparse_attention": Family(
         _make_sparse,
@@ -207,5 +287,18 @@ FAMILIES = {
         lambda x: (reference.deviation(**x),),
         lambda x: (deviation_gpu.deviation(**x),),
         _deviation_work,
+    ),
+    "decode_quantised": Family(
+        _make_decode,
+        lambda x: (decode_reference.decode_quantised(**x),),
+        lambda x: (decode_gpu.decode_quantised(**x),),
+        _decode_work,
+    ),
+    "gather_host": Family(
+        _make_gather,
+        lambda x: (x["source"][x["rows"]].to(x["out"].device),),
+        _gather_launch,
+        _gather_work,
+        rounds=False,
     ),
 }

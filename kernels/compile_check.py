@@ -72,7 +72,7 @@ def recording() -> Iterator[list[Launch]]:
     """Within the block kernels are not launched but noted."""
     launches: list[Launch] = []
 
-    def note(self: JITFunction, *args: object, **kwargs: Any) -> None:  # noqa: ANN401
+    def note(self: JITFunction, *args: object, **kwargs: Any) -> None:
         values = dict(zip(self.arg_names, args, strict=False))
         values |= {name: kwargs[name] for name in self.arg_names if name in kwargs}
         options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}

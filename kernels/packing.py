@@ -71,7 +71,7 @@ def pack(x: Tensor, bits: int, per: Per) -> Packed:
     Raises:
         ValueError: unsupported head dim or bit width.
     """
-    n, hk, d = x.shape
+    n, _, d = x.shape
     check_format(d, bits)
     x32 = x.float()
     low, high = _group_range(x32, per)

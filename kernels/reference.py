@@ -156,7 +156,8 @@ def sparse_attention(
 
     Args:
         q: ``[n_q, H, D]``, after RoPE.
-        k, v: ``[HK, n_slots, D]``, K after RoPE.
+        k, v: ``[HK, n_slots, D]``, K after RoPE. Every slot up to the last position in use must be
+            finite, also for the queries before it (0 * NaN is NaN), unless ``keep`` drops it.
         positions: int64 ``[n_q]``, sorted ascending.
         n_keys: slots in use.
         scale: multiplies the scores, usually ``D ** -0.5``.
@@ -180,20 +181,22 @@ def sparse_attention(
             f"positions must be {n_q} ascending integers, one per query: sort them with "
             "torch.sort, apply its indices to q, and undo them on the output"
         )
+    slot = torch.arange(n_keys, device=q.device)
+    if keep is not None:
+        # Compressed, because a slot left out may hold NaN, which a mask would let through.
+        slot = slot[keep[:n_keys]]
+        k, v = k.index_select(1, slot), v.index_select(1, slot)
     out = q.new_zeros(n_q, h, d)
     for start in range(0, n_q, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, n_q)
         pos = positions[start:stop]
-        lo, hi = int(pos[0]), int(pos[-1])
-        first = max(0, lo - window + 1) if window else 0
-        last = min(hi + 1, n_keys)
+        first, last = 0, int(torch.searchsorted(slot, pos[-1:], right=True))
+        if window:
+            first = int(torch.searchsorted(slot, pos[:1] - window, right=True))
         if last > first:
-            index = torch.arange(first, last, device=q.device)
-            seen = index <= pos[:, None]
+            seen = slot[first:last] <= pos[:, None]
             if window:
-                seen &= index > pos[:, None] - window
-            if keep is not None:
-                seen &= keep[first:last]
+                seen &= slot[first:last] > pos[:, None] - window
             keys, values = k[:, first:last], v[:, first:last]
             out[start:stop] = _attend(q[start:stop], keys, values, seen, scale)
     return out

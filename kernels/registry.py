@@ -101,6 +101,7 @@ def _sparse() -> list[KernelCase]:
         full(label="d128_g4_128k", shapes=base | {"n_q": 2048, "n_keys": 160000}),
         narrow(label="d128_g4_split", shapes=base | {"n_q": 4}),
         narrow(label="d128_g4_one", shapes=base | {"n_q": 1}),
+        narrow(label="d256_g2_one", shapes=base | {"n_q": 1, "head_dim": 256, "heads": 16}),
         tiny(label="d64_g3", dtype="float32", shapes=small),
         tiny(label="d64_g3_half", dtype="float16", shapes=small),
         tiny(label="d80_window", dtype="float32", shapes=small | {"head_dim": 80, "window": 40}),
@@ -134,7 +135,7 @@ def _restore() -> list[KernelCase]:
     ]
 
 
-def _bits(k_bits: int, v_bits: int, **other: Any) -> dict[str, Any]:  # noqa: ANN401
+def _bits(k_bits: int, v_bits: int, **other: Any) -> dict[str, Any]:
     return {"k_bits": k_bits, "v_bits": v_bits, **other}
 
 
@@ -160,9 +161,45 @@ def _deviation() -> list[KernelCase]:
     ]
 
 
+def _decode() -> list[KernelCase]:
+    base = {"batch": 8, "pages": 1024, "heads": 32, "kv_heads": 8, "head_dim": 128, "window": 256}
+    small = {"batch": 3, "pages": 7, "heads": 6, "kv_heads": 2, "head_dim": 64, "window": 40}
+    full = partial(_case, "decode_quantised", dtype="bfloat16", expects="mma")
+    tiny = partial(_case, "decode_quantised", tiny=True)
+    return [
+        full(label="k4_v4", shapes=base | _bits(4, 4)),
+        full(label="k8_v8", shapes=base | _bits(8, 8)),
+        full(label="k2_v2", shapes=base | _bits(2, 2)),
+        full(label="k3_v3_g7", shapes=base | _bits(3, 3, heads=28, kv_heads=4)),
+        full(label="k4_v4_turned", shapes=base | _bits(4, 4, turn=False)),
+        full(label="k4_v2_partial", shapes=base | _bits(4, 2, rotary_dim=64)),
+        full(label="k4_v4_d80", shapes=base | _bits(4, 4, head_dim=80)),
+        full(label="k4_v4_d256", shapes=base | _bits(4, 4, head_dim=256)),
+        tiny(label="k4_v2", dtype="float32", shapes=small | _bits(4, 2)),
+        tiny(label="k8_v4_turned", dtype="float16", shapes=small | _bits(8, 4, turn=False)),
+        tiny(label="k3_v3_partial", dtype="float32", shapes=small | _bits(3, 3, rotary_dim=32)),
+        tiny(
+            label="k2_v8_pairs_d80",
+            dtype="float32",
+            shapes=small | _bits(2, 8, head_dim=80, interleaved=True),
+        ),
+        tiny(label="k4_v4_one_page", dtype="float32", shapes=small | _bits(4, 4, pages=1, batch=1)),
+    ]
+
+
+def _gather() -> list[KernelCase]:
+    case = partial(_case, "gather_host", dtype="uint8")
+    return [
+        case(label="8k_rows", shapes={"n": 4096, "row_bytes": 8192}, expects="vector"),
+        case(label="640_byte_rows", shapes={"n": 8192, "row_bytes": 640}, expects="vector"),
+        case(label="24_byte_rows", shapes={"n": 45, "row_bytes": 24}, tiny=True),
+        case(label="20k_rows", shapes={"n": 3, "row_bytes": 20480}, tiny=True),
+    ]
+
+
 def all_cases() -> list[KernelCase]:
     """Every case, grouped by kernel, representatives first."""
-    return [*_sparse(), *_restore(), *_pack(), *_deviation()]
+    return [*_sparse(), *_restore(), *_pack(), *_deviation(), *_decode(), *_gather()]
 
 
 def representatives() -> list[KernelCase]:

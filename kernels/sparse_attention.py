@@ -68,7 +68,11 @@ def _visit(
         row_max = new_max
         if MASKED:
             inside = key < key_end
+            if KEEP:
+                inside = inside & kept
             v = tl.load(v_ptr, mask=inside[:, None] & (channel < D)[None, :], other=0.0)
+        elif KEEP:
+            v = tl.load(v_ptr, mask=kept[:, None] & (channel < D)[None, :], other=0.0)
         elif D == D_PAD:
             v = tl.load(v_ptr)
         else:
@@ -336,6 +340,6 @@ def sparse_attention(
     if split:
         merge_kernel[(n_q * n_heads,)](
             part, lse, out, n_q * n_heads, plan.n_splits,
-            D=d, D_PAD=d_pad, SPLITS=triton.next_power_of_2(plan.n_splits), num_warps=2,
+            D=d, D_PAD=d_pad, SPLITS=triton.next_power_of_2(plan.n_splits), num_warps=4,
         )  # fmt: skip
     return out

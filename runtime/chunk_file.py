@@ -255,6 +255,38 @@ def first_bad_group(
     return None
 
 
+def check_chunk(model: ModelSpec, k: Tensor, v: Tensor, order: Tensor) -> Tensor:
+    """`order` as int64 [N] on the CPU, after checking that the three fit together.
+
+    Raises:
+        StoreError: shapes or dtype are not the model's, or the order is no permutation.
+    """
+    shape, n = Geometry.of(model), order.numel()
+    want = (shape.n_layers, n, shape.n_kv_heads, shape.head_dim)
+    order = order.detach().to("cpu", torch.int64, copy=True)
+    if n == 0 or tuple(k.shape) != want or tuple(v.shape) != want:
+        raise StoreError(
+            "K and V of a chunk must be [layers, tokens, kv heads, head dim] with a token or "
+            "more, and the order must have one number per token",
+            values=f"K {tuple(k.shape)}, V {tuple(v.shape)}, order {tuple(order.shape)}, "
+            f"model {want}",
+            remedy="store what this model's encoder returns",
+        )
+    if k.dtype != shape.dtype or v.dtype != shape.dtype:
+        raise StoreError(
+            f"K and V must have the model's dtype {model.dtype}",
+            values=f"{k.dtype} and {v.dtype}",
+            remedy="convert them, or open a store for that dtype",
+        )
+    if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(n)):
+        raise StoreError(
+            f"the order must name each of the {n} tokens once",
+            values=f"{order.unique().numel()} different numbers",
+            remedy="pass a permutation, such as an argsort",
+        )
+    return order
+
+
 def pack_blobs(model: ModelSpec, key: str, k: Tensor, v: Tensor, order: Tensor) -> np.ndarray:
     """All blobs of a chunk, uint8 [chunk bytes].
 

@@ -8,14 +8,9 @@ during reads of chunk data.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
-import mmap
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +20,9 @@ from torch import Tensor
 
 from ..core.chunk_index import ChunkEntry, ChunkIndex, chunk_key
 from ..core.errors import StoreError
-from ..core.layout import ALIGN_BYTES, GROUP_TOKENS, chunk_bytes
+from ..core.layout import ALIGN_BYTES, chunk_bytes
 from ..core.model_spec import ModelSpec
-from ..core.units import MIB, ceil_div
+from .catalog import Catalog, Kept
 from .chunk_file import (
     CHUNK_SUFFIX,
     ChunkCorrupt,
@@ -35,42 +30,18 @@ from .chunk_file import (
     Geometry,
     LayerRows,
     cannot_write,
+    check_chunk,
     encode_header,
     pack_blobs,
-    read_header,
     write_chunk,
 )
-from .rate_limit import RateLimiter
-from .store_index import Catalog, Kept, Row, StoreIndex, identity_of, lock_file, scan
-from .tiers import (
-    BufferPool,
-    FileMedium,
-    FileSource,
-    RamSource,
-    ReadRun,
-    Source,
-    StoreTier,
-    TierConfig,
-)
+from .chunk_reader import ChunkReader, Counters
+from .store_index import Row, StoreIndex, identity_of, lock_file, scan
+from .tiers import FileMedium, StoreTier, TierConfig
 
 __all__ = ["ChunkCorrupt", "ChunkStore", "Counters", "LayerRows", "TierConfig"]
 
 log = logging.getLogger(__name__)
-
-LOAD_REQUEST_BYTES = 4 * MIB
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a store has done since it was opened."""
-
-    reads: int = 0
-    requests: int = 0
-    bytes_read: int = 0
-    bad_groups: int = 0
-    missing_files: int = 0
-    puts: int = 0
-    ram_loads: int = 0
 
 
 class ChunkStore:
@@ -94,9 +65,6 @@ class ChunkStore:
         self.model = model
         self.counters = Counters()
         self._fingerprint = model_fingerprint
-        self._shape = Geometry.of(model)
-        self._pool = BufferPool()
-        self._count_lock = threading.Lock()
         self._folder = self.root / "chunks"
         if not tiers or len({t.name for t in tiers}) != len(tiers):
             raise StoreError(
@@ -107,18 +75,29 @@ class ChunkStore:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock_file = lock_file(self.root / "lock")
-            self._files = FileMedium(self._folder)
-            self.tiers = {config.name: StoreTier(config, self._files) for config in tiers}
-            self._index = StoreIndex(
-                self.root / "index.sqlite", identity_of(model, model_fingerprint)
-            )
-            rows, self.repairs = scan(
-                self._folder, self._index, model, model_fingerprint, self._known_tiers
-            )
-            self._catalog = Catalog(self._folder, self._index, model, self.tiers, rows)
         except OSError as e:
             raise cannot_write(self.root, e) from None
+        try:
+            self._open(tiers)
+        except OSError as e:
+            self._lock_file.close()
+            raise cannot_write(self.root, e) from None
+        except BaseException:
+            self._lock_file.close()
+            raise
+
+    def _open(self, tiers: Sequence[TierConfig]) -> None:
+        files = FileMedium(self._folder)
+        self.tiers = {config.name: StoreTier(config, files) for config in tiers}
+        identity = identity_of(self.model, self._fingerprint)
+        self._index = StoreIndex(self.root / "index.sqlite", identity)
+        rows, self.repairs = scan(
+            self._folder, self._index, self.model, self._fingerprint, self._known_tiers
+        )
+        self.repairs["index_rebuilt"] = int(self._index.rebuilt)
+        self._catalog = Catalog(self._folder, self._index, self.model, self.tiers, rows)
         self.repairs["chunks_evicted"] = self._catalog.evictions
+        self._reader = ChunkReader(Geometry.of(self.model), files, self._catalog, self.counters)
         if any(self.repairs.values()):
             log.warning("repaired the chunk store %s: %s", self.root, self.repairs)
 
@@ -152,7 +131,7 @@ class ChunkStore:
             CapacityError: the chunk is larger than the tier.
         """
         where = self._tier(tier)
-        order = self._checked(k, v, order)
+        order = check_chunk(self.model, k, v, order)
         n_tokens = order.numel()
         key = chunk_key(
             content_id, model=self._fingerprint, order=order_name, dtype=self.model.dtype,
@@ -207,7 +186,7 @@ class ChunkStore:
             kept = catalog.find(key)
             try:
                 if where.is_dram:
-                    self._load_ram(kept)
+                    self._reader.load_ram(kept)
                 if tier not in kept.tiers:
                     with catalog.room(where, kept.entry.n_bytes):
                         kept.tiers.add(tier)
@@ -222,8 +201,9 @@ class ChunkStore:
         """Forget a chunk everywhere; unknown keys are ignored."""
         with self._catalog.claim(key), self._catalog.changed:
             kept = self._catalog.kept.get(key)
-            for tier in tuple(kept.tiers) if kept else ():
-                self._catalog.leave(kept, self.tiers[tier])
+            if kept is not None:
+                for tier in tuple(kept.tiers):
+                    self._catalog.leave(kept, self.tiers[tier])
 
     # Looking up
 
@@ -270,7 +250,7 @@ class ChunkStore:
         """
         kept = self._catalog.find(key)
         if kept.order is None:
-            kept.order = torch.from_numpy(self._verified_order(kept).astype(np.int64))
+            kept.order = torch.from_numpy(self._reader.verified_order(kept).astype(np.int64))
         return kept.order
 
     # Reading
@@ -316,23 +296,7 @@ class ChunkStore:
                 remedy="correct the call",
             )
         self._catalog.touch(kept)
-        at_byte, total = [], 0
-        for n_rows in n_rows_by_layer:
-            at_byte.append(total)
-            total += self._shape.read_bytes(n_rows)
-        staging = self._pool.lend(max(total, ALIGN_BYTES))
-        rows = LayerRows(self._shape, staging, layer_start, tuple(n_rows_by_layer), at_byte)
-        rows.tier, rows.n_bytes = where.name, total
-        with self._corrupt_if_gone(kept), self._source(kept, where) as source:
-            run = self._run(kept, source, where.limiter, staging, request_bytes)
-            for i, n_rows in enumerate(n_rows_by_layer):
-                run.read_layer(layer_start + i, at_byte[i], ceil_div(n_rows, GROUP_TOKENS))
-        rows.n_requests = run.n_requests
-        with self._count_lock:
-            self.counters.reads += 1
-            self.counters.requests += run.n_requests
-            self.counters.bytes_read += total
-        return rows
+        return self._reader.read(kept, where, layer_start, tuple(n_rows_by_layer), request_bytes)
 
     def close(self) -> None:
         """Let the folder go. Rows already read stay valid."""
@@ -361,118 +325,6 @@ class ChunkStore:
         """Those of `names` that this store has, else its first file tier, else its first."""
         by_medium = sorted(self.tiers, key=lambda name: self.tiers[name].is_dram)
         return tuple(name for name in names if name in self.tiers) or (by_medium[0],)
-
-    def _checked(self, k: Tensor, v: Tensor, order: Tensor) -> Tensor:
-        """`order` as int64 [N] on the CPU, after checking that the three fit together."""
-        shape, n = self._shape, order.numel()
-        want = (shape.n_layers, n, shape.n_kv_heads, shape.head_dim)
-        order = order.detach().to("cpu", torch.int64, copy=True)
-        if n == 0 or tuple(k.shape) != want or tuple(v.shape) != want:
-            raise StoreError(
-                "K and V of a chunk must be [layers, tokens, kv heads, head dim] with a token or "
-                "more, and the order must have one number per token",
-                values=f"K {tuple(k.shape)}, V {tuple(v.shape)}, order {tuple(order.shape)}, "
-                f"model {want}",
-                remedy="store what this model's encoder returns",
-            )
-        if k.dtype != shape.dtype or v.dtype != shape.dtype:
-            raise StoreError(
-                f"K and V must have the model's dtype {self.model.dtype}",
-                values=f"{k.dtype} and {v.dtype}",
-                remedy="convert them, or open a store for that dtype",
-            )
-        if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(n)):
-            raise StoreError(
-                f"the order must name each of the {n} tokens once",
-                values=f"{order.unique().numel()} different numbers",
-                remedy="pass a permutation, such as an argsort",
-            )
-        return order
-
-    def _run(
-        self,
-        kept: Kept,
-        source: Source,
-        limiter: RateLimiter | None,
-        out: np.ndarray,
-        request_bytes: int,
-    ) -> ReadRun:
-        return ReadRun(
-            kept.entry.key, self._shape, kept.blob_bytes, kept.seed, source, limiter,
-            memoryview(out), request_bytes,
-        )  # fmt: skip
-
-    @contextmanager
-    def _corrupt_if_gone(self, kept: Kept) -> Iterator[None]:
-        """Tell a file that is gone or unreadable from other trouble."""
-        try:
-            yield
-        except ChunkCorrupt as e:
-            with self._count_lock:
-                self.counters.bad_groups += e.group is not None
-            raise
-        except FileNotFoundError:
-            with self._count_lock:
-                self.counters.missing_files += 1
-            raise ChunkCorrupt(kept.entry.key, "the file is missing") from None
-        except OSError as e:
-            if e.errno == errno.EIO:
-                raise ChunkCorrupt(kept.entry.key, "the disk cannot read it") from None
-            raise StoreError(
-                "chunk files must be readable",
-                values=f"{kept.path}: {e.strerror}",
-                remedy="fix the permissions, or raise the limit of open files",
-            ) from None
-
-    def _verified_order(self, kept: Kept) -> np.ndarray:
-        with self._corrupt_if_gone(kept):
-            return read_header(kept.path)[1]
-
-    @contextmanager
-    def _source(self, kept: Kept, where: StoreTier) -> Iterator[Source]:
-        """The chunk opened for reading from that tier."""
-        key = kept.entry.key
-        source: Source
-        if where.is_dram:
-            blobs = self._catalog.ram.get(key)
-            if blobs is None and where.name in kept.tiers:
-                # In RAM before the store was closed; read the file once more.
-                with self._catalog.claim(key):
-                    blobs = self._load_ram(self._catalog.find(key))
-            if blobs is None:
-                raise StoreError(
-                    f"a chunk must be in RAM to be read from tier '{where.name}'",
-                    values=f"{key} in {', '.join(sorted(kept.tiers))}",
-                    remedy="place it there first",
-                )
-            source = RamSource(blobs)
-        else:
-            source = FileSource(self._files, str(kept.path), kept.row.header_bytes)
-        try:
-            yield source
-        finally:
-            source.close()
-
-    def _load_ram(self, kept: Kept) -> np.ndarray:
-        """The RAM copy, read from the file and verified if there is none. Claim it first."""
-        key = kept.entry.key
-        blobs = self._catalog.ram.get(key)
-        if blobs is None:
-            self._verified_order(kept)
-            # Whole pages of their own, as unbuffered reads need.
-            blobs = np.frombuffer(mmap.mmap(-1, kept.entry.n_bytes), dtype=np.uint8)
-            n_groups = ceil_div(kept.entry.n_tokens, GROUP_TOKENS)
-            with self._corrupt_if_gone(kept):
-                source = FileSource(self._files, str(kept.path), kept.row.header_bytes)
-                try:
-                    run = self._run(kept, source, None, blobs, LOAD_REQUEST_BYTES)
-                    for layer in range(self.model.n_layers):
-                        run.read_layer(layer, layer * kept.blob_bytes, n_groups)
-                finally:
-                    source.close()
-            self._catalog.ram[key] = blobs
-            self.counters.ram_loads += 1
-        return blobs
 
 
 def _tenant_id(tenant: str) -> str:

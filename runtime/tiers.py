@@ -19,8 +19,7 @@ from typing import Literal, Protocol, Self
 import numpy as np
 
 from ..core.errors import CapacityError, StoreError
-from ..core.layout import ALIGN_BYTES, GROUP_TOKENS
-from .chunk_file import ChunkCorrupt, Geometry, first_bad_group, layer_seed
+from ..core.layout import ALIGN_BYTES
 from .rate_limit import RateLimiter
 
 log = logging.getLogger(__name__)
@@ -198,7 +197,7 @@ class FileSource:
         except OSError as e:
             if e.errno != errno.EINVAL or not self._direct:
                 raise
-            self._medium.fall_back(e.strerror)
+            self._medium.fall_back(os.strerror(e.errno))
             self.close()
             self._open()
             done = os.preadv(self._fd, [out], offset)
@@ -212,7 +211,9 @@ class FileSource:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class FileMedium:
@@ -235,7 +236,7 @@ class FileMedium:
             except OSError as e:
                 if e.errno != errno.EINVAL:
                     raise
-                self.fall_back(e.strerror)
+                self.fall_back(os.strerror(e.errno))
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
 
     def fall_back(self, why: str) -> None:
@@ -283,64 +284,3 @@ def _probe_direct(folder: Path) -> str | None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
     return None
-
-
-class ReadRun:
-    """One read under way: fetches layers request by request and verifies them as they come.
-
-    On a limited tier verifying falls into the time of the slot, as on a medium that is slow.
-    """
-
-    __slots__ = (
-        "_blob_bytes", "_key", "_limiter", "_out", "_request_bytes", "_seed", "_shape", "_slot_s",
-        "_source", "n_requests",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        key: str,
-        shape: Geometry,
-        blob_bytes: int,
-        seed: int,
-        source: Source,
-        limiter: RateLimiter | None,
-        out: memoryview,
-        request_bytes: int,
-    ) -> None:
-        self._key = key
-        self._shape = shape
-        self._blob_bytes = blob_bytes
-        self._seed = seed
-        self._source = source
-        self._limiter = limiter
-        self._out = out
-        self._request_bytes = request_bytes
-        self._slot_s: float | None = None
-        self.n_requests = 0
-
-    def read_layer(self, layer: int, at_byte: int, n_groups: int) -> None:
-        """Bring the first groups of a layer to `at_byte` of the buffer.
-
-        Raises:
-            ChunkCorrupt: not all of them match.
-        """
-        shape, limiter = self._shape, self._limiter
-        n_bytes = shape.read_bytes(n_groups * GROUP_TOKENS)
-        seed, n_good, slot_s = layer_seed(self._seed, layer), 0, 0.0
-        for start in range(0, n_bytes, self._request_bytes):
-            stop = min(start + self._request_bytes, n_bytes)
-            if limiter is not None:
-                slot_s = limiter.reserve(stop - start, self._slot_s)
-            part = self._out[at_byte + start : at_byte + stop]
-            n_read = self._source.read_into(part, layer * self._blob_bytes + start)
-            self.n_requests += 1
-            if n_read < stop - start:
-                raise ChunkCorrupt(self._key, "the file is cut off", layer)
-            ready = min(stop // shape.group_bytes, n_groups)
-            bad = first_bad_group(self._out, at_byte, range(n_good, ready), shape.group_bytes, seed)
-            if bad is not None:
-                raise ChunkCorrupt(self._key, f"checksum of row group {bad}", layer, bad)
-            n_good = ready
-            if limiter is not None:
-                limiter.wait(slot_s)
-                self._slot_s = slot_s

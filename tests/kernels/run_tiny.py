@@ -9,9 +9,9 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-from cachetune.kernels.registry import KernelCase, all_cases  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from cachetune.kernels.registry import KernelCase, all_cases
+from torch import Tensor
 
 
 def verdict(case: KernelCase) -> str:

@@ -61,7 +61,12 @@ def test_sparse_attention_is_causal_by_position(p: dict) -> None:
     keep = draw(seed + 3, n + 3) > -0.5 if p["holes"] else None
     if keep is not None:
         seen &= keep[: p["n_keys"]]
+        clean_k, clean_v = k, v
+        k, v = k.clone(), v.clone()
+        k[:, ~keep] = v[:, ~keep] = math.nan
     got = reference.sparse_attention(q, k, v, pos, p["n_keys"], d**-0.5, p["window"], keep)
+    if keep is not None:
+        k, v = clean_k, clean_v
     want = dense(q, k[:, : p["n_keys"]], v[:, : p["n_keys"]], seen, d**-0.5)
     torch.testing.assert_close(got.double(), want, atol=3e-6, rtol=1e-5)
     assert not got[~seen.any(1)].any()

@@ -1,0 +1,181 @@
+"""`cachetune calibrate`: measure this machine with one model; check the result on held-out runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..calibration.fidelity import Point
+    from ..core.hardware import HardwareProfile
+    from ..runtime.loaded_model import LoadedModel
+
+_Model = Annotated[str, typer.Option(help="Hugging Face folder, or a shape with random weights.")]
+_Out = Annotated[Path, typer.Option(help="Where the profile is written.")]
+_MaxTokens = Annotated[int, typer.Option(min=128, help="Longest probe prompt, tokens.")]
+_Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats of each probe.")]
+_Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+_Threads = Annotated[int, typer.Option(min=1, help="Threads of a compute op.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
+_Check = Annotated[bool, typer.Option("--check", help="Predict and measure held-out schedules.")]
+_Profile = Annotated[Path | None, typer.Option(help="With --check: test this profile instead.")]
+_Schedules = Annotated[int, typer.Option(min=30, help="With --check: held-out schedules.")]
+_CheckRepeats = Annotated[int, typer.Option(min=5, help="With --check: repeats of each.")]
+_CheckOut = Annotated[Path, typer.Option(help="With --check: folder for predictions and raw data.")]
+
+
+def command(
+    model: _Model = "llama-25m",
+    out: _Out = Path("build/profile.json"),
+    max_tokens: _MaxTokens = 1024,
+    repeats: _Repeats = 3,
+    dtype: _Dtype = "float32",
+    threads: _Threads = 1,
+    seed: _Seed = 0,
+    check: _Check = False,
+    profile: _Profile = None,
+    schedules: _Schedules = 30,
+    check_repeats: _CheckRepeats = 5,
+    check_out: _CheckOut = Path("build/fidelity"),
+) -> None:
+    """Measure this machine: probe schedules on the real runtime become a profile."""
+    from ..calibration.calibrate import Settings, calibrate
+    from ..core.hardware import HardwareProfile
+    from ..runtime.loaded_model import load_model
+    from .console import note, print_json_line, progress_bar
+
+    loaded = load_model(model, dtype)
+    if profile is not None:
+        machine = HardwareProfile.read(profile)
+    else:
+        settings = Settings(
+            max_tokens=max_tokens, n_repeats=repeats, compute_threads=threads, seed=seed
+        )
+        with progress_bar() as tell:
+            machine = calibrate(loaded, settings, tell)
+        machine.write(out)
+        note(f"profile: {out}")
+        print_profile(machine)
+    result: dict[str, Any] = {"command": "calibrate", "profile": machine.name}
+    result["hardware_fingerprint"] = machine.hardware_fingerprint
+    result["fits"] = {k: f.model_dump() for k, f in machine.fits.items()}
+    if check:
+        result["fidelity"] = run_check(
+            machine, loaded, seed, schedules, check_repeats, max_tokens, check_out
+        )
+    print_json_line(result)
+
+
+def print_profile(machine: HardwareProfile) -> None:
+    """Coefficients with intervals, fits and tiers, as tables."""
+    from .console import print_table
+
+    rows = [
+        {"coefficient": k, "value": c.value, "low": c.low, "high": c.high, "unit": c.unit}
+        for k, c in sorted(machine.coefficients.items())
+    ]
+    print_table(rows, ["coefficient", "value", "low", "high", "unit"], "coefficients, 95 %")
+    fits = [{"op": k, **f.model_dump()} for k, f in sorted(machine.fits.items())]
+    print_table(fits, ["op", "n_spans", "r2", "error_median"], "fit on the probes")
+    tiers = [
+        {
+            "tier": name,
+            "medium": t.medium,
+            "GB/s": t.link_bytes_per_s / 1e9,
+            "read_us": t.read_latency_s * 1e6,
+            "limited": t.limited,
+            "rho": t.rho,
+            "unbuffered": t.unbuffered,
+        }
+        for name, t in machine.tiers.items()
+    ]
+    columns = ["tier", "medium", "GB/s", "read_us", "limited", "rho", "unbuffered"]
+    print_table(tiers, columns, "tiers")
+
+
+def run_check(
+    machine: HardwareProfile,
+    loaded: LoadedModel,
+    seed: int,
+    n_schedules: int,
+    n_repeats: int,
+    max_tokens: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Predictions written first, then measured; raw values kept beside the summary."""
+    from dataclasses import asdict
+
+    from ..calibration import fidelity
+    from ..core.record import write_atomic
+    from ..runtime.machine import provenance_here
+    from .console import note, progress_bar
+
+    def save(name: str, data: object) -> None:
+        write_atomic(folder / name, (json.dumps(data, indent=1) + "\n").encode())
+
+    predicted = folder / "predicted.json"
+    with progress_bar() as tell:
+        points = fidelity.check(
+            machine,
+            loaded,
+            seed=seed,
+            n_schedules=n_schedules,
+            n_repeats=n_repeats,
+            max_tokens=max_tokens,
+            on_predicted=lambda found: save("predicted.json", found),
+            progress=tell,
+        )
+    summary = fidelity.summarise(points)
+    provenance = provenance_here(seed).model_dump(mode="json")
+    raw = [asdict(p) for p in points]
+    save("measured.json", {"provenance": provenance, "summary": summary, "points": raw})
+    note(f"predictions, written before measuring: {predicted}; all values: {folder}/measured.json")
+    print_points(points, summary)
+    return summary
+
+
+def print_points(points: list[Point], summary: dict[str, Any]) -> None:
+    """One row per schedule, limited and unlimited tiers apart; then errors beside their bounds."""
+    from statistics import median
+
+    from .console import print_table
+
+    columns = ["schedule", "n_prompt", "ttft_ms_predicted", "ttft_ms_measured", "error", "a_a"]
+    for limited in (False, True):
+        rows = [
+            {
+                "schedule": p.name,
+                "n_prompt": p.n_prompt,
+                "ttft_ms_predicted": p.ttft_ms_predicted,
+                "ttft_ms_measured": median(p.ttft_ms_measured),
+                "error": round(p.ttft_error, 4),
+                "a_a": round(p.a_a_error, 4),
+            }
+            for p in points
+            if p.limited is limited
+        ]
+        if rows:
+            print_table(rows, columns, "rate-limited tiers" if limited else "tiers as they are")
+    bounds = summary["bounds"]
+    rows = [
+        {
+            "error": f"|TTFT|, {label}",
+            "reached": summary[f"ttft_error_{label}"],
+            "bound": bounds[f"ttft_error_{label}"],
+            "A/A": summary[f"a_a_error_{label}"],
+        }
+        for label in ("median", "p95")
+    ]
+    for kind, error in summary["by_op"].items():
+        rows.append(
+            {
+                "error": f"|{kind}|, median",
+                "reached": error["error_median"],
+                "signed": error["signed_median"],
+                "bound": bounds["op_error_median"],
+            }
+        )
+    print_table(rows, ["error", "reached", "signed", "bound", "A/A"], "fidelity, fractions")

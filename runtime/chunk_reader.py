@@ -1,0 +1,235 @@
+"""Reading chunks: open the medium, fetch request by request, verify, hand out rows."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core.errors import StoreError
+from ..core.layout import ALIGN_BYTES, GROUP_TOKENS
+from ..core.units import MIB, ceil_div
+from .catalog import Catalog, Kept
+from .chunk_file import (
+    ChunkCorrupt,
+    Geometry,
+    LayerRows,
+    first_bad_group,
+    layer_seed,
+    read_header,
+)
+from .rate_limit import RateLimiter
+from .tiers import BufferPool, FileMedium, FileSource, RamSource, Source, StoreTier
+
+LOAD_REQUEST_BYTES = 4 * MIB
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a store has done since it was opened."""
+
+    reads: int = 0
+    requests: int = 0
+    bytes_read: int = 0
+    bad_groups: int = 0
+    missing_files: int = 0
+    puts: int = 0
+    ram_loads: int = 0
+
+
+class ChunkReader:
+    """Reads for any number of threads; shares nothing between them but counters and buffers."""
+
+    def __init__(
+        self, shape: Geometry, files: FileMedium, catalog: Catalog, counters: Counters
+    ) -> None:
+        self._shape = shape
+        self._files = files
+        self._catalog = catalog
+        self.counters = counters
+        self._count_lock = threading.Lock()
+        self._pool = BufferPool()
+
+    def read(
+        self,
+        kept: Kept,
+        where: StoreTier,
+        layer_start: int,
+        n_rows: tuple[int, ...],
+        request_bytes: int,
+    ) -> LayerRows:
+        """`ChunkStore.read`, its arguments checked."""
+        at_byte, total = [], 0
+        for count in n_rows:
+            at_byte.append(total)
+            total += self._shape.read_bytes(count)
+        staging = self._pool.lend(max(total, ALIGN_BYTES))
+        rows = LayerRows(self._shape, staging, layer_start, n_rows, at_byte)
+        rows.tier, rows.n_bytes = where.name, total
+        with self._corrupt_if_gone(kept), self._source(kept, where) as source:
+            run = self._run(kept, source, where.limiter, staging, request_bytes)
+            for i, count in enumerate(n_rows):
+                run.read_layer(layer_start + i, at_byte[i], ceil_div(count, GROUP_TOKENS))
+        rows.n_requests = run.n_requests
+        with self._count_lock:
+            self.counters.reads += 1
+            self.counters.requests += run.n_requests
+            self.counters.bytes_read += total
+        return rows
+
+    def _run(
+        self,
+        kept: Kept,
+        source: Source,
+        limiter: RateLimiter | None,
+        out: np.ndarray,
+        request_bytes: int,
+    ) -> ReadRun:
+        return ReadRun(
+            kept.entry.key, self._shape, kept.blob_bytes, kept.seed, source, limiter,
+            memoryview(out), request_bytes,
+        )  # fmt: skip
+
+    @contextmanager
+    def _corrupt_if_gone(self, kept: Kept) -> Iterator[None]:
+        """Tell a file that is gone or unreadable from other trouble."""
+        try:
+            yield
+        except ChunkCorrupt as e:
+            with self._count_lock:
+                self.counters.bad_groups += e.group is not None
+            raise
+        except FileNotFoundError:
+            self._catalog.find(kept.entry.key)  # evicted meanwhile: says so
+            with self._count_lock:
+                self.counters.missing_files += 1
+            raise ChunkCorrupt(kept.entry.key, "the file is missing") from None
+        except OSError as e:
+            if e.errno == errno.EIO:
+                raise ChunkCorrupt(kept.entry.key, "the disk cannot read it") from None
+            raise StoreError(
+                "chunk files must be readable",
+                values=f"{kept.path}: {e.strerror}",
+                remedy="fix the permissions, or raise the limit of open files",
+            ) from None
+
+    def verified_order(self, kept: Kept) -> np.ndarray:
+        """The order, int32 [N], from the chunk's file."""
+        with self._corrupt_if_gone(kept):
+            return read_header(kept.path)[1]
+
+    @contextmanager
+    def _source(self, kept: Kept, where: StoreTier) -> Iterator[Source]:
+        """The chunk opened for reading from that tier."""
+        key = kept.entry.key
+        source: Source
+        if where.is_dram:
+            blobs = self._catalog.ram.get(key)
+            if blobs is None and where.name in kept.tiers:
+                # In RAM before the store was closed; read the file once more.
+                with self._catalog.claim(key):
+                    blobs = self._load(self._catalog.find(key))
+            if blobs is None:
+                raise StoreError(
+                    f"a chunk must be in RAM to be read from tier '{where.name}'",
+                    values=f"{key} in {', '.join(sorted(kept.tiers))}",
+                    remedy="place it there first",
+                )
+            source = RamSource(blobs)
+        else:
+            source = FileSource(self._files, str(kept.path), kept.row.header_bytes)
+        try:
+            yield source
+        finally:
+            source.close()
+
+    def load_ram(self, kept: Kept) -> None:
+        """Have a RAM copy, read from the file and verified if there is none. Claim it first."""
+        with self._corrupt_if_gone(kept):
+            self._load(kept)
+
+    def _load(self, kept: Kept) -> np.ndarray:
+        key = kept.entry.key
+        blobs = self._catalog.ram.get(key)
+        if blobs is not None:
+            return blobs
+        read_header(kept.path)
+        # Whole pages of their own, as unbuffered reads need.
+        blobs = np.frombuffer(mmap.mmap(-1, kept.entry.n_bytes), dtype=np.uint8)
+        n_groups = ceil_div(kept.entry.n_tokens, GROUP_TOKENS)
+        source = FileSource(self._files, str(kept.path), kept.row.header_bytes)
+        try:
+            run = self._run(kept, source, None, blobs, LOAD_REQUEST_BYTES)
+            for layer in range(self._shape.n_layers):
+                run.read_layer(layer, layer * kept.blob_bytes, n_groups)
+        finally:
+            source.close()
+        self._catalog.ram[key] = blobs
+        self.counters.ram_loads += 1
+        return blobs
+
+
+class ReadRun:
+    """One read under way: fetches layers request by request and verifies them as they come.
+
+    On a limited tier verifying falls into the time of the slot, as on a medium that is slow.
+    """
+
+    __slots__ = (
+        "_blob_bytes", "_key", "_limiter", "_out", "_request_bytes", "_seed", "_shape", "_slot_s",
+        "_source", "n_requests",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        key: str,
+        shape: Geometry,
+        blob_bytes: int,
+        seed: int,
+        source: Source,
+        limiter: RateLimiter | None,
+        out: memoryview,
+        request_bytes: int,
+    ) -> None:
+        self._key = key
+        self._shape = shape
+        self._blob_bytes = blob_bytes
+        self._seed = seed
+        self._source = source
+        self._limiter = limiter
+        self._out = out
+        self._request_bytes = request_bytes
+        self._slot_s: float | None = None
+        self.n_requests = 0
+
+    def read_layer(self, layer: int, at_byte: int, n_groups: int) -> None:
+        """Bring the first groups of a layer to `at_byte` of the buffer.
+
+        Raises:
+            ChunkCorrupt: not all of them match.
+        """
+        shape, limiter = self._shape, self._limiter
+        n_bytes = shape.read_bytes(n_groups * GROUP_TOKENS)
+        seed, n_good, slot_s = layer_seed(self._seed, layer), 0, 0.0
+        for start in range(0, n_bytes, self._request_bytes):
+            stop = min(start + self._request_bytes, n_bytes)
+            if limiter is not None:
+                slot_s = limiter.reserve(stop - start, self._slot_s)
+            part = self._out[at_byte + start : at_byte + stop]
+            n_read = self._source.read_into(part, layer * self._blob_bytes + start)
+            self.n_requests += 1
+            if n_read < stop - start:
+                raise ChunkCorrupt(self._key, "the file is cut off", layer)
+            ready = min(stop // shape.group_bytes, n_groups)
+            bad = first_bad_group(self._out, at_byte, range(n_good, ready), shape.group_bytes, seed)
+            if bad is not None:
+                raise ChunkCorrupt(self._key, f"checksum of row group {bad}", layer, bad)
+            n_good = ready
+            if limiter is not None:
+                limiter.wait(slot_s)
+                self._slot_s = slot_s

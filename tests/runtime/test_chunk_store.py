@@ -1,0 +1,479 @@
+"""The chunk store gives back what was put, or an error; also after crashes, and when full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from cachetune.core.chunk_index import ChunkIndex
+from cachetune.core.errors import CapacityError, StoreError
+from cachetune.core.layout import chunk_bytes, n_reads, read_bytes
+from cachetune.core.model_spec import Dtype, ModelSpec
+from cachetune.runtime.chunk_file import Geometry
+from cachetune.runtime.chunk_store import ChunkCorrupt, ChunkStore, TierConfig
+
+from . import store_cases as cases
+
+N = 77
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ChunkStore]:
+    store = cases.open_store(tmp_path)
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize("tier", ["disk", "dram"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("n_tokens", [1, 31, 32, 33, N, 256])
+def test_a_chunk_comes_back_in_its_order(
+    tmp_path: Path, dtype: Dtype, n_tokens: int, tier: str
+) -> None:
+    model = cases.make_model(dtype)
+    chunk = cases.make_chunk(model, n_tokens)
+    store = cases.open_store(tmp_path, model)
+    key = cases.put(store, "a", chunk, tier)
+    assert cases.holds(store, key, chunk)
+    assert torch.equal(store.order(key), chunk.order)
+    assert store.entry(key).n_bytes == chunk_bytes(model, n_tokens)
+    file_bytes = cases.chunk_file(store, key).stat().st_size
+    assert file_bytes % 4096 == 0 and file_bytes > chunk_bytes(model, n_tokens)
+    store.close()
+
+
+@pytest.mark.parametrize("tier", ["disk", "dram"])
+def test_a_prefix_of_rows_costs_what_the_layout_says(store: ChunkStore, tier: str) -> None:
+    chunk = cases.make_chunk(store.model, 200)
+    key = cases.put(store, "a", chunk, tier)
+    for ratio in (0.0, 0.15, 0.5, 0.84, 1.0):
+        counts = [round((1 - ratio) * 200), 64, 0]
+        before = store.counters.bytes_read
+        rows = store.read(key, 0, 3, counts, 4096)
+        sizes = [read_bytes(store.model, n) for n in counts]
+        assert rows.n_bytes == store.counters.bytes_read - before == sum(sizes)
+        assert rows.n_requests == sum(n_reads(size, 4096) for size in sizes)
+        for layer, n in enumerate(counts):
+            assert torch.equal(rows.k(layer), chunk.k[layer][chunk.order[:n]])
+            assert torch.equal(rows.v(layer), chunk.v[layer][chunk.order[:n]])
+
+
+def test_layers_in_the_middle(store: ChunkStore) -> None:
+    chunk = cases.make_chunk(store.model, N)
+    rows = store.read(cases.put(store, "a", chunk), 1, 2, [40], 8192)
+    assert torch.equal(rows.v(1), chunk.v[1][chunk.order[:40]])
+    with pytest.raises(StoreError, match="layer 0, read 1..1"):
+        rows.k(0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sizes_agree_with_the_layout(dtype: Dtype) -> None:
+    model = cases.make_model(dtype)
+    shape = Geometry.of(model)
+    assert all(shape.read_bytes(n) == read_bytes(model, n) for n in range(300))
+
+
+def test_rows_outlive_their_buffer_s_next_use(store: ChunkStore) -> None:
+    a, b = (cases.make_chunk(store.model, 32, seed) for seed in (1, 2))
+    keys = [cases.put(store, "a", a), cases.put(store, "b", b)]
+    kept = store.read(keys[0], 0, 1, [32], 4096).k(0)  # one group: a view, its rows object gone
+    for _ in range(5):
+        store.read(keys[1], 0, 1, [32], 4096)
+    assert torch.equal(kept, a.k[0][a.order])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ((0, 4, [1] * 4, 4096), "layers 0..4"),
+        ((1, 1, [], 4096), "layers 1..1"),
+        ((0, 1, [78], 4096), "within 0..77"),
+        ((0, 2, [1], 4096), "rows"),
+        ((0, 1, [1], 5000), "multiple of 4096"),
+    ],
+)
+def test_a_read_that_makes_no_sense(store: ChunkStore, call: tuple, message: str) -> None:
+    key = cases.put(store, "a", cases.make_chunk(store.model, N))
+    with pytest.raises(StoreError, match=message):
+        store.read(key, *call)
+
+
+def test_a_put_that_makes_no_sense(store: ChunkStore) -> None:
+    c = cases.make_chunk(store.model, 4)
+    twice = torch.tensor([0, 1, 1, 3])
+    for k, v, order in (
+        (c.k[:2], c.v, c.order), (c.k, c.v, c.order[:3]), (c.k.half(), c.v, c.order),
+        (c.k, c.v, twice), (c.k[:, :0], c.v[:, :0], c.order[:0]),
+    ):  # fmt: skip
+        with pytest.raises(StoreError):
+            store.put("a", k, v, order, order_name="rank", tier="disk")
+    with pytest.raises(StoreError, match="disk, dram"):
+        store.put("a", c.k, c.v, c.order, order_name="rank", tier="tape")
+    assert len(store.index("rank")) == 0
+
+
+def test_a_second_put_writes_nothing(store: ChunkStore) -> None:
+    chunk = cases.make_chunk(store.model, N)
+    key = cases.put(store, "a", chunk)
+    before = cases.chunk_file(store, key).stat()
+    assert cases.put(store, "a", cases.make_chunk(store.model, N, seed=9)) == key
+    after = cases.chunk_file(store, key).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert cases.holds(store, key, chunk)
+
+
+def test_a_tenant_never_sees_another_s_chunks(store: ChunkStore) -> None:
+    chunk = cases.make_chunk(store.model, N)
+    keys = {t: cases.put(store, "a", chunk, tenant=t) for t in ("", "red", "blue")}
+    assert len(set(keys.values())) == 3
+    for tenant, key in keys.items():
+        index = store.index("rank", tenant)
+        found = index.lookup(["a"], tenant)[0]
+        assert len(index) == 1 and found is not None and found.key == key
+    assert len(store.index("rank", "green")) == len(store.index("position", "red")) == 0
+    assert b"blue" not in cases.chunk_file(store, keys["blue"]).read_bytes()
+
+
+def test_prefix_entries_are_found_by_their_chain(store: ChunkStore) -> None:
+    c = cases.make_chunk(store.model, N)
+    alone = cases.put(store, "a", c)
+    chained = store.put(
+        "a", c.k, c.v, c.order, order_name="rank", tier="disk", kind="prefix", chain="x" * 32
+    )
+    assert chained.key != alone and store.entry(chained.key).kind == "prefix"
+    assert len(store.index("rank")) == 2
+
+
+# Damage
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file in place."""
+    with path.open("r+b") as f:
+        f.seek(bit // 8)
+        byte = f.read(1)[0]
+        f.seek(bit // 8)
+        f.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def test_every_flipped_bit_is_found(store: ChunkStore) -> None:
+    key = cases.put(store, "a", cases.make_chunk(store.model, N))
+    path, rng = cases.chunk_file(store, key), random.Random(0)
+    blob = read_bytes(store.model, N)
+    header = path.stat().st_size - 3 * blob
+    group = 32 * store.model.kv_bytes_per_token_layer + 8
+    in_header = [8 * i + rng.randrange(8) for i in range(32)]
+    in_header += [rng.randrange(8 * header) for _ in range(60)]
+    for bit in in_header:
+        flip(path, bit)
+        with pytest.raises(ChunkCorrupt, match=key):
+            store.place(key, "dram")
+        flip(path, bit)
+    for _ in range(100):
+        layer = rng.randrange(3)
+        bit = 8 * (header + layer * blob) + rng.randrange(8 * 3 * group)
+        flip(path, bit)
+        with pytest.raises(ChunkCorrupt, match=f"{key} layer {layer}"):
+            cases.read_all(store, key)
+        with pytest.raises(ChunkCorrupt, match=f"{key} layer {layer}"):
+            store.place(key, "dram")
+        flip(path, bit)
+    assert store.counters.bad_groups == 200
+    store.place(key, "dram")
+
+
+def test_a_flipped_bit_in_memory_is_found(store: ChunkStore) -> None:
+    key = cases.put(store, "a", cases.make_chunk(store.model, N), "dram")
+    store._catalog.ram[key][5000] ^= 1
+    with pytest.raises(ChunkCorrupt, match="layer 0"):
+        cases.read_all(store, key)
+    assert cases.read_all(store, key, "disk")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 4096, 9000, 0.5, -4096, -1])
+def test_a_cut_off_file_is_found(store: ChunkStore, keep: float) -> None:
+    key = cases.put(store, "a", cases.make_chunk(store.model, N))
+    path = cases.chunk_file(store, key)
+    size = path.stat().st_size
+    os.truncate(path, int(keep * size) if keep == 0.5 else int(keep) % size)
+    with pytest.raises(ChunkCorrupt, match=key):
+        cases.read_all(store, key)
+
+
+def test_a_missing_file_is_found(store: ChunkStore) -> None:
+    key = cases.put(store, "a", cases.make_chunk(store.model, N))
+    cases.chunk_file(store, key).unlink()
+    with pytest.raises(ChunkCorrupt, match=f"{key}: the file is missing"):
+        cases.read_all(store, key)
+    assert store.counters.missing_files == 1
+    store.discard(key)
+    with pytest.raises(StoreError, match="must be in the store"):
+        store.entry(key)
+
+
+def test_swapped_files_are_found(store: ChunkStore) -> None:
+    keys = [cases.put(store, c, cases.make_chunk(store.model, N)) for c in ("a", "b")]
+    a, b = (cases.chunk_file(store, key) for key in keys)
+    a.rename(b.with_suffix(".x"))
+    b.rename(a)
+    b.with_suffix(".x").rename(b)
+    for key in keys:
+        with pytest.raises(ChunkCorrupt, match=f"{key} layer 0"):
+            cases.read_all(store, key)
+        with pytest.raises(ChunkCorrupt, match="holds chunk"):
+            store.place(key, "dram")
+
+
+def test_swapped_layers_and_groups_are_found(store: ChunkStore) -> None:
+    key = cases.put(store, "a", cases.make_chunk(store.model, 64))
+    path = cases.chunk_file(store, key)
+    good = path.read_bytes()
+    blob = read_bytes(store.model, 64)
+    header = len(good) - 3 * blob
+    one, two = good[header : header + blob], good[header + blob : header + 2 * blob]
+    path.write_bytes(good[:header] + two + one + good[header + 2 * blob :])
+    with pytest.raises(ChunkCorrupt, match="layer 0"):
+        cases.read_all(store, key)
+    group = 32 * store.model.kv_bytes_per_token_layer + 8
+    swapped = one[group : 2 * group] + one[:group] + one[2 * group :]
+    path.write_bytes(good[:header] + swapped + good[header + blob :])
+    with pytest.raises(ChunkCorrupt, match="row group 0"):
+        cases.read_all(store, key)
+
+
+# Opening again
+
+
+def listed(index: ChunkIndex) -> set[tuple]:
+    return {
+        (e.key, e.content_id, e.n_tokens, e.n_bytes, e.tier) for e, _ in index._entries.values()
+    }
+
+
+@pytest.mark.parametrize("lost", ["nothing", "index", "rows", "ruined"])
+def test_opened_again_it_holds_the_same(tmp_path: Path, lost: str) -> None:
+    store = cases.open_store(tmp_path)
+    chunks = {c: cases.make_chunk(store.model, 30 + i, i) for i, c in enumerate("abc")}
+    keys = {c: cases.put(store, c, chunk, "dram") for c, chunk in chunks.items()}
+    before = listed(store.index("rank"))
+    store.close()
+    database = tmp_path / "index.sqlite"
+    if lost == "index":
+        database.unlink()
+    elif lost == "rows":
+        with sqlite3.connect(database) as db:
+            db.execute("DELETE FROM chunks")
+    elif lost == "ruined":
+        database.write_bytes(b"no database" * 1000)
+    store = cases.open_store(tmp_path)
+    assert store.repairs["files_reindexed"] == (0 if lost == "nothing" else 3)
+    assert store.repairs["index_rebuilt"] == (lost == "ruined")
+    assert listed(store.index("rank")) == before
+    for c, key in keys.items():
+        assert cases.holds(store, key, chunks[c], "dram")
+        assert torch.equal(store.order(key), chunks[c].order)
+    assert store.counters.ram_loads == 3
+    store.close()
+
+
+def test_the_scan_repairs(tmp_path: Path) -> None:
+    store = cases.open_store(tmp_path)
+    keys = [cases.put(store, c, cases.make_chunk(store.model, N)) for c in "abcd"]
+    paths = [cases.chunk_file(store, key) for key in keys]
+    store.close()
+    (tmp_path / "chunks" / ".half.chunk.tmp").write_bytes(b"half")
+    paths[0].unlink()
+    os.truncate(paths[1], 5000)
+    (tmp_path / "chunks" / f"{'f' * 40}.chunk").write_bytes(paths[2].read_bytes())
+    store = cases.open_store(tmp_path)
+    assert {k: n for k, n in store.repairs.items() if n} == {
+        "temp_files_removed": 1, "bad_files_removed": 2, "rows_removed": 2,
+    }  # fmt: skip
+    assert {p.name for p in (tmp_path / "chunks").iterdir()} == {p.name for p in paths[2:]}
+    assert len(store.index("rank")) == 2
+    store.close()
+    store = cases.open_store(tmp_path)
+    assert not any(store.repairs.values())
+    store.close()
+
+
+def test_one_model_and_one_process_per_folder(tmp_path: Path) -> None:
+    store = cases.open_store(tmp_path)
+    cases.put(store, "a", cases.make_chunk(store.model, N))
+    with pytest.raises(StoreError, match="open once"):
+        cases.open_store(tmp_path)
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.entry("x")
+    with pytest.raises(StoreError, match="must be open"):
+        cases.put(store, "b", cases.make_chunk(store.model, N))
+    with pytest.raises(StoreError, match="one model"):
+        ChunkStore(tmp_path, store.model, "weights-2", cases.TIERS)
+    (tmp_path / "index.sqlite").unlink()
+    with pytest.raises(StoreError, match="one model"):
+        ChunkStore(tmp_path, store.model, "weights-2", cases.TIERS)
+    with pytest.raises(StoreError, match="own name"):
+        cases.open_store(tmp_path, tiers=())
+
+
+def write_forever(root: Path, model: ModelSpec, ready: Connection) -> None:
+    """Put, place and discard until killed."""
+    store = cases.open_store(root, model)
+    ready.send(True)
+    for i in range(10_000):
+        key = cases.put(store, f"{time.time_ns()}", cases.make_chunk(model, 20 + i % 60, i % 7))
+        store.place(key, "dram")
+        if i % 3 == 2:
+            store.discard(key)
+
+
+def test_killed_while_writing_nothing_is_corrupt(tmp_path: Path) -> None:
+    model, rng, context = cases.make_model(n_layers=8), random.Random(1), get_context("fork")
+    n_kept = 0
+    for _ in range(10):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=write_forever, args=(tmp_path, model, theirs))
+        child.start()
+        assert ours.poll(20) and child.pid is not None
+        time.sleep(rng.uniform(0.01, 0.12))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        store = cases.open_store(tmp_path, model)
+        assert store.repairs["bad_files_removed"] == 0
+        index = store.index("rank")
+        for key, *_ in listed(index):
+            cases.read_all(store, key, "disk")
+        names = {p.name for p in (tmp_path / "chunks").iterdir()}
+        assert names == {f"{key}.chunk" for key, *_ in listed(index)}
+        assert store.counters.bad_groups == store.counters.missing_files == 0
+        n_kept = len(index)
+        store.close()
+    assert n_kept > 10
+
+
+# Full
+
+
+def leftovers(store: ChunkStore) -> list[str]:
+    return sorted(p.name for p in (store.root / "chunks").iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_failed_write_leaves_nothing(
+    store: ChunkStore, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real, calls = os.write, []
+
+    def fail_later(fd: int, data: bytes) -> int:
+        calls.append(fd)
+        if len(calls) > 2:
+            raise OSError(code, os.strerror(code))
+        return real(fd, bytes(data)[:5000])
+
+    chunk = cases.make_chunk(store.model, N)
+    with monkeypatch.context() as m:
+        m.setattr(os, "write", fail_later)
+        with pytest.raises(StoreError, match=os.strerror(code)):
+            cases.put(store, "a", chunk)
+    assert leftovers(store) == [] and store.tiers["disk"].used_bytes == 0
+    assert cases.holds(store, cases.put(store, "a", chunk), chunk)
+
+
+def test_a_file_size_limit_is_an_error(store: ChunkStore) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(StoreError, match="free space"):
+            cases.put(store, "a", cases.make_chunk(store.model, 256))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert leftovers(store) == []
+
+
+def test_a_failed_index_row_leaves_no_file(
+    store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(row: object) -> None:
+        raise StoreError("the index is full")
+
+    monkeypatch.setattr(store._index, "put", fail)
+    with pytest.raises(StoreError, match="the index is full"):
+        cases.put(store, "a", cases.make_chunk(store.model, N))
+    assert leftovers(store) == [] and len(store.index("rank")) == 0
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StoreError, match="must be able to write"):
+        cases.open_store(file / "store")
+    if os.geteuid() != 0:  # root may write anywhere
+        tmp_path.chmod(0o500)
+        with pytest.raises(StoreError, match="Permission denied"):
+            cases.open_store(tmp_path / "store")
+        tmp_path.chmod(0o700)
+
+
+def test_the_least_recently_used_chunk_goes(tmp_path: Path) -> None:
+    model = cases.make_model()
+    size = chunk_bytes(model, N)
+    store = cases.open_store(
+        tmp_path, model, (TierConfig("disk", "file", capacity_bytes=2 * size),)
+    )
+    chunk = cases.make_chunk(model, N)
+    a, b = cases.put(store, "a", chunk), cases.put(store, "b", chunk)
+    cases.read_all(store, a)
+    c = cases.put(store, "c", chunk)
+    assert leftovers(store) == sorted(f"{key}.chunk" for key in (a, c))
+    with pytest.raises(StoreError, match="evicted"):
+        cases.read_all(store, b)
+    with pytest.raises(CapacityError, match="fit into its tier 'disk'"):
+        cases.put(store, "d", cases.make_chunk(model, 500))
+    assert leftovers(store) == sorted(f"{key}.chunk" for key in (a, c))
+    store.close()
+    store = cases.open_store(tmp_path, model, (TierConfig("disk", "file", capacity_bytes=size),))
+    assert store.repairs["chunks_evicted"] == 1 and len(leftovers(store)) == 1
+    store.close()
+
+
+def test_capacity_holds_to_the_byte_under_four_writers(tmp_path: Path) -> None:
+    model = cases.make_model()
+    capacity = 3 * chunk_bytes(model, N) + 1
+    tiers = (TierConfig("disk", "file", capacity_bytes=capacity), TierConfig("dram", "dram"))
+    store = cases.open_store(tmp_path, model, tiers)
+    chunk, most, failed = cases.make_chunk(model, N), [], []
+
+    def work(i: int) -> None:
+        try:
+            for j in range(15):
+                cases.put(store, f"{(i * 7 + j) % 20}", chunk)
+                most.append(store.tiers["disk"].used_bytes)
+        except Exception as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failed
+    assert max(most) <= capacity
+    index = store.index("rank")
+    assert store.tiers["disk"].used_bytes == len(index) * chunk_bytes(model, N) <= capacity
+    assert leftovers(store) == sorted(f"{key}.chunk" for key, *_ in listed(index))
+    for key, *_ in listed(index):
+        assert cases.holds(store, key, chunk)
+    store.close()

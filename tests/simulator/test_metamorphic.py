@@ -1,0 +1,160 @@
+"""Laws that hold whatever the numbers, and random workloads under random plans."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from cachetune.core.block_pool import BlockPool
+from cachetune.core.engine import Engine, schedule_of
+from cachetune.core.executor import execute, serve
+from cachetune.core.generators import rag_workload
+from cachetune.core.hardware import HardwareProfile
+from cachetune.core.invariants import check
+from cachetune.core.metrics import littles_law, per_request, summary
+from cachetune.core.ops import Outcome, Schedule
+from cachetune.core.plan import RatioRule, ReusePlan
+from cachetune.core.timeline import Timeline
+from cachetune.core.workload import Workload
+from cachetune.simulator.executor import SimExecutor
+from support import (
+    COEFFICIENTS_S,
+    make_entry,
+    make_index,
+    make_model,
+    make_profile,
+    make_tier,
+    timetable,
+)
+
+POLICIES = ("full_recompute", "prefix_cache", "full_reuse", "cacheblend", "epic", "cachetune")
+
+
+def random_plan(draw: random.Random) -> ReusePlan:
+    ratios = sorted((draw.random() for _ in range(draw.randint(1, 3))), reverse=True)
+    knobs: dict[str, Any] = dict(
+        policy=draw.choice(POLICIES),
+        rules=(RatioRule(ratios=tuple(ratios), load_exact=draw.random() < 0.8),),
+        epic_tokens=draw.randint(0, 20),
+        layer_group=draw.randint(1, 5),
+        look_ahead=draw.randint(1, 3),
+        load_order=draw.choice(["layer", "chunk"]),
+        restore_stream=draw.choice(["restore", "compute"]),
+        n_io_workers=draw.randint(1, 4),
+        request_bytes=4096 * draw.randint(1, 8),
+        prefill_chunk_tokens=draw.randint(16, 300),
+        max_num_seqs=draw.randint(1, 6),
+    )
+    return ReusePlan(**knobs)
+
+
+def random_workload(draw: random.Random, n_requests: int = 12) -> Workload:
+    return rag_workload(
+        "fuzz",
+        draw.randrange(1000),
+        n_requests=n_requests,
+        n_contents=8,
+        chunk_tokens=(1, 90),
+        chunks_per_request=draw.randint(0, 5),
+        suffix_tokens=(1, 20),
+        output_tokens=(1, 9),
+        rate_rps=draw.choice([None, 3e3, 1e5]),
+    )
+
+
+def lone(profile: HardwareProfile, workload: Workload, plan: ReusePlan) -> Timeline:
+    """The first request alone, as a fixed schedule."""
+    index = make_index(workload, tier="disk")
+    _, ops = schedule_of(workload, workload.requests[0], profile.model, plan, index)
+    return execute(Schedule.of(ops), SimExecutor(profile))
+
+
+def served(profile: HardwareProfile, workload: Workload, plan: ReusePlan) -> Timeline:
+    engine = Engine(workload, profile.model, plan, make_index(workload), BlockPool(40))
+    return serve(workload, engine, SimExecutor(profile))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_more_bandwidth_never_hurts_a_lone_request(seed: int):
+    draw = random.Random(seed)
+    workload, plan = random_workload(draw, 1), random_plan(draw)
+    link, worker = draw.uniform(0.1e9, 2e9), draw.uniform(0.1e9, 2e9)
+    more = draw.uniform(1.0, 3.0)
+    ends = []
+    for factor in (1.0, more):
+        tiers = {"disk": make_tier(link * factor, worker * factor, 1e-7)}
+        ends.append(lone(make_profile(tiers=tiers), workload, plan).end_ns)
+    n_loads = 4 * len(workload.requests[0].chunks) + 4
+    assert ends[1] <= ends[0] + n_loads, f"rounding allows {n_loads} ns, seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_unused_tier_changes_nothing(seed: int):
+    draw = random.Random(seed)
+    workload, plan = random_workload(draw), random_plan(draw)
+    tiers = {"dram": make_tier(0.7e9, 0.4e9)}
+    one = served(make_profile(tiers=tiers), workload, plan)
+    two = served(make_profile(tiers={"aaa": make_tier(1.0), **tiers}), workload, plan)
+    assert one == two
+
+
+@pytest.mark.parametrize("factor", [2, 7])
+@pytest.mark.parametrize("seed", range(5))
+def test_scaling_all_costs_and_gaps_scales_all_times(seed: int, factor: int):
+    """Rates that divide a nanosecond evenly, so that no rounding differs."""
+    draw = random.Random(seed)
+    workload = random_workload(draw)
+    plan = random_plan(draw).replace(n_io_workers=1)
+    timelines = []
+    for k in (1, factor):
+        slower = tuple(r.replace(arrival_ns=k * r.arrival_ns) for r in workload.requests)
+        profile = make_profile(
+            coefficients_s={name: k * value for name, value in COEFFICIENTS_S.items()},
+            tiers={"dram": make_tier(1e9 / k, latency_s=k * 1e-7)},
+        )
+        timelines.append(served(profile, workload.replace(requests=slower), plan))
+    one, scaled = timelines
+    off = 1 if factor & (factor - 1) else 0  # 1e9 / 7 is no exact float: a load may end 1 ns late
+    if not off:
+        assert timetable(scaled) == [(i, factor * a, factor * b) for i, a, b in timetable(one)]
+    for a, b in zip(per_request(one, workload), per_request(scaled, workload), strict=True):
+        assert b.e2e_ms == pytest.approx(factor * a.e2e_ms, rel=1e-3 if off else 1e-12)
+
+
+def test_a_faster_executor_of_the_same_schedule_is_never_slower():
+    """Halving every coefficient halves a lone request, to the nanosecond's rounding."""
+    draw = random.Random(1)
+    workload, plan = random_workload(draw, 1), random_plan(draw)
+    slow = lone(make_profile(), workload, plan)
+    half = make_profile(coefficients_s={n: v / 2 for n, v in COEFFICIENTS_S.items()})
+    assert lone(half, workload, plan).end_ns <= slow.end_ns
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fuzz_keeps_the_invariants(seed: int):
+    draw = random.Random(seed)
+    workload, plan = random_workload(draw), random_plan(draw)
+    model = make_model(n_layers=draw.choice([1, 3, 4, 8]), sliding_window=draw.choice([None, 16]))
+    profile = make_profile(model=model, coefficients_s={"dispatch.gap": draw.choice([0.0, 5e-9])})
+    index = make_index(workload, tier=draw.choice(["dram", "disk"]), model=model)
+    for request in draw.sample(workload.requests, 3):
+        if len(request.chunks) > 1:
+            before, content = request.chunks[:1], request.chunks[1]
+            n_tokens = workload.contents[content].n_tokens
+            index.add(make_entry(content, n_tokens, chain=before, model=model))
+    n_ops = draw.randrange(1, 200)
+    outcomes = {n_ops: Outcome(failed_chunks=(0,))} if draw.random() < 0.5 else {}
+    engine = Engine(workload, model, plan, index, BlockPool(draw.randint(40, 120)))
+    replay = f"pytest tests/simulator/test_metamorphic.py -k 'fuzz and {seed}'"
+    try:
+        sim = SimExecutor(profile, seed=seed, noise=draw.choice([0.0, 0.3]), outcomes=outcomes)
+        timeline = serve(workload, engine, sim)
+        check(timeline, workload, idle_ns=0)
+        index.check_integrity()
+        engine.blocks.check_integrity()
+        assert littles_law(timeline, workload).error < 1e-9
+        assert 0 <= summary(timeline, workload)["reuse_ratio"] <= 1
+    except Exception as e:
+        e.add_note(f"replay: {replay}\nplan: {plan}")
+        raise
