@@ -2,7 +2,7 @@
 #
 #   TORCH    what pip installs first, unless torch can be imported already. Keep a torch of your
 #            own (a CUDA build) with: make demo VENV=/path/to/its/venv
-#   EXTRAS   extras of pyproject.toml; a torch that brings its own Triton wants EXTRAS=runtime
+#   EXTRAS   extras of pyproject.toml; a torch that brings its own Triton wants EXTRAS=runtime,dev
 #   VENV     the virtual environment; ARGS: passed on to pytest or to the command
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0

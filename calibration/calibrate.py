@@ -109,7 +109,9 @@ def calibrate(
     library = Library(loaded.spec, settings.seed)
     threads = settings.compute_threads
     with tempfile.TemporaryDirectory(prefix="cachetune-") as folder:
-        with Runner(loaded, folder, tier_configs(loaded.spec, 1.0, ()), compute_threads=threads) as r:
+        with Runner(
+            loaded, folder, tier_configs(loaded.spec, 1.0, ()), compute_threads=threads
+        ) as r:
             token_s = recompute_s_per_token(r, library, settings)
         configs = tier_configs(loaded.spec, token_s, settings.rhos)
         with Runner(loaded, folder, configs, compute_threads=threads) as runner:

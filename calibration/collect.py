@@ -47,7 +47,7 @@ def collect(
     n_repeats: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measured]:
-    """Ingest what the probes need, run each once to warm up, then `n_repeats` interleaved rounds."""
+    """Ingest what the probes need, warm each up once, then run `n_repeats` interleaved rounds."""
     measured = [Measured(p) for p in probes]
     total = len(probes) * (n_repeats + 1)
     for turn in range(n_repeats + 1):

@@ -64,7 +64,8 @@ class Library:
         texts = [self.chunk(shape.chunk_tokens, i) for i in range(shape.n_chunks)]
         names = [content_id_of(t) for t in texts]
         contents = {
-            name: Content(n_tokens=len(t), token_ids=t) for name, t in zip(names, texts, strict=True)
+            name: Content(n_tokens=len(t), token_ids=t)
+            for name, t in zip(names, texts, strict=True)
         }
         suffix = self.chunk(shape.suffix_tokens, 10_000)
         request = Request(

@@ -80,7 +80,9 @@ class _Lowering:
             pieces.append(ops)
         last = pieces[-1]
         n_layers = self.model.n_layers
-        last.append(self._op("head", COMPUTE, _Group(n_layers, n_layers), n_tokens=1, after=last[-1:]))
+        last.append(
+            self._op("head", COMPUTE, _Group(n_layers, n_layers), n_tokens=1, after=last[-1:])
+        )
         return pieces
 
     def _first_piece(self, segments: tuple[Segment, ...]) -> list[Op]:

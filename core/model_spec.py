@@ -78,7 +78,9 @@ class ModelSpec(Record):
     def prefill_flops(self, n_query: int, n_context: int) -> int:
         """Flops of prefilling `n_query` tokens behind `n_context` cached ones, head left out."""
         pairs = n_query * n_context + n_query * (n_query + 1) // 2
-        return self.linear_flops(n_query, self.n_layers) + self.attention_flops(pairs, self.n_layers)
+        return self.linear_flops(n_query, self.n_layers) + self.attention_flops(
+            pairs, self.n_layers
+        )
 
 
 def spec_from_hf_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:

@@ -1,4 +1,4 @@
-"""`QualityProfile`: how good answers are, relative to full recompute, measured per policy and ratio.
+"""`QualityProfile`: how good answers are relative to full recompute, per policy and ratio.
 
 Simulation cannot see quality, so it is measured on tasks and becomes a constraint of the search.
 """

@@ -26,7 +26,9 @@ class Record(BaseModel):
 
     def fingerprint(self) -> str:
         """16 hex digits of the SHA-256 of the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()[:16]
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()[
+            :16
+        ]
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
@@ -149,7 +151,9 @@ def _explain(cls: type[Document], e: ValidationError, source: str) -> CacheTuneE
     if len(got) > 80:
         got = got[:77] + "..."
     more = f" (and {e.error_count() - 1} more)" if e.error_count() > 1 else ""
-    return cls.error(f"{source}: {where}: {first['msg']}{more}", values=got, remedy="correct the value")
+    return cls.error(
+        f"{source}: {where}: {first['msg']}{more}", values=got, remedy="correct the value"
+    )
 
 
 def _known_keys(cls: type[BaseModel]) -> list[str]:

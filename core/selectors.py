@@ -61,7 +61,8 @@ def spread_score(v: Array, v_behind: Sequence[Array]) -> Array:
         raise ValueError(f"a spread needs at least two neighbours, got {len(v_behind)}")
     stacked = np.stack(v_behind)
     spread = np.sqrt(((stacked - stacked.mean(axis=0)) ** 2).sum(axis=(0, 3, 4)) / len(v_behind))
-    return (spread / (_norms(v) + 1e-12)).mean(axis=0).astype(np.float32)
+    relative: Array = (spread / (_norms(v) + 1e-12)).mean(axis=0).astype(np.float32)
+    return relative
 
 
 def spread_high_pass_score(k: Array, v: Array, v_behind: Sequence[Array]) -> Array:
@@ -82,7 +83,8 @@ def random_score(n_tokens: int, content_id: str, seed: int = 0) -> Array:
 def stored_order(score: Array) -> NDArray[np.int64]:
     """Token indices, least critical first; of equal scores the lower index is more critical."""
     n = len(score)
-    return np.lexsort((-np.arange(n), score)).astype(np.int64)
+    order: NDArray[np.int64] = np.lexsort((-np.arange(n), score)).astype(np.int64)
+    return order
 
 
 def _low(x: Array, keep: int) -> Array:
@@ -92,7 +94,8 @@ def _low(x: Array, keep: int) -> Array:
 
 
 def _norms(x: Array) -> Array:
-    return np.sqrt((x.astype(np.float32) ** 2).sum(axis=(2, 3)))
+    norms: Array = np.sqrt((x.astype(np.float32) ** 2).sum(axis=(2, 3)))
+    return norms
 
 
 def _shared(k_norms: Array, v_norms: Array) -> Array:

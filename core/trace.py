@@ -195,9 +195,7 @@ def _plain(item: Op | Outcome) -> dict[str, Any]:
 
 
 def _span(line: dict[str, Any]) -> Span:
-    op: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in line["op"].items()
-    }
+    op: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in line["op"].items()}
     op["segments"] = tuple(Segment(*s) for s in op.get("segments", ()))
     outcome = {k: tuple(v) for k, v in line.get("outcome", {}).items()}
     return Span(

@@ -196,7 +196,7 @@ class TilePlan:
 
 def tile_config(n_q: int, group: int, head_dim: int) -> TileConfig:
     """The widest tile of the current architecture that neither spills nor runs mostly empty."""
-    hopper = current_arch() >= 90
+    hopper = 90 <= current_arch() < 120  # 12x has neither their matrix unit nor their memory
     block_m = max(16, min(128, triton.next_power_of_2(max(n_q * group, group))))
     if head_dim > 128:
         return TileConfig(min(block_m, 64), 32, 4 if block_m < 64 else 8, 2)

@@ -75,6 +75,7 @@ class ChunkReader:
             run = self._run(kept, source, where.limiter, staging, request_bytes)
             for i, count in enumerate(n_rows):
                 run.read_layer(layer_start + i, at_byte[i], ceil_div(count, GROUP_TOKENS))
+            run.finish()
         rows.n_requests = run.n_requests
         with self._count_lock:
             self.counters.reads += 1
@@ -207,6 +208,11 @@ class ReadRun:
         self._slot_s: float | None = None
         self.n_requests = 0
 
+    def finish(self) -> None:
+        """Wait for the end of the last request's slot."""
+        if self._limiter is not None and self._slot_s is not None:
+            self._limiter.wait(self._slot_s)
+
     def read_layer(self, layer: int, at_byte: int, n_groups: int) -> None:
         """Bring the first groups of a layer to `at_byte` of the buffer.
 
@@ -231,5 +237,5 @@ class ReadRun:
                 raise ChunkCorrupt(self._key, f"checksum of row group {bad}", layer, bad)
             n_good = ready
             if limiter is not None:
-                limiter.wait(slot_s)
+                limiter.pace(slot_s)
                 self._slot_s = slot_s

@@ -37,6 +37,7 @@ class CpuExecutor:
     ) -> None:
         # Workers hand over at op borders; the default of 5 ms would let an I/O worker's few lines
         # of Python hold up the compute stream for longer than many ops take.
+        self._switch_interval_s = sys.getswitchinterval()
         sys.setswitchinterval(0.0002)
         self._handlers = handlers
         self._source = source
@@ -50,6 +51,7 @@ class CpuExecutor:
         self._in_flight = 0
         self._seq = 0
         self._error: BaseException | None = None
+        self._stopping = False
 
     def __enter__(self) -> CpuExecutor:
         return self
@@ -101,13 +103,22 @@ class CpuExecutor:
         return list(self._sessions.values())
 
     def close(self) -> None:
-        """Stop the workers; queued ops are dropped."""
-        for queue in self._queues.values():
-            queue.put(None)
+        """Stop the workers once the op each is at has ended; queued ops are dropped."""
+        self._stop()
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join()
+        if self._threads:
+            sys.setswitchinterval(self._switch_interval_s)
         self._queues.clear()
         self._threads.clear()
+
+    def _stop(self) -> None:
+        """Wake every worker, also those that wait for an op that will never end."""
+        self._stopping = True
+        for event in list(self._ended.values()):
+            event.set()
+        for queue in list(self._queues.values()):
+            queue.put(None)
 
     def _open(self, op: Op) -> None:
         request_id = op.request_ids[0]
@@ -128,18 +139,18 @@ class CpuExecutor:
     def _work(self, queue: SimpleQueue[_Item | None]) -> None:
         while (item := queue.get()) is not None:
             op, seq, submit_ns = item
+            self._await(op.deps)
+            if self._stopping:
+                return
             try:
-                for dep in op.deps:
-                    event = self._ended.get(dep)
-                    if event is not None:  # an op that has ended is no longer listed
-                        event.wait()
                 start_ns = self.now_ns()
                 outcome = self._run(op)
                 end_ns = self.now_ns()
             except BaseException as e:
                 with self._changed:
-                    self._error = e
+                    self._error = self._error or e
                     self._changed.notify_all()
+                self._stop()
                 return
             self._ended.pop(op.op_id).set()
             with self._changed:
@@ -147,11 +158,17 @@ class CpuExecutor:
                 self._finished.append(Span(op, seq, submit_ns, start_ns, end_ns, outcome))
                 self._changed.notify_all()
 
+    def _await(self, deps: Sequence[int]) -> None:
+        for dep in deps:
+            event = self._ended.get(dep)
+            if event is not None and not self._stopping:  # an op that has ended is not listed
+                event.wait()
+
     def _run(self, op: Op) -> Outcome:
         sessions = [self._sessions[r] for r in op.request_ids]
         if op.kind == "decode":
             outcome = self._handlers.decode(sessions, op)
-        elif sessions[0].failed and op.kind != "load":
+        elif sessions[0].failed:
             # Ops cannot be withdrawn: those of a failed attempt pass without doing anything.
             return NOTHING
         else:

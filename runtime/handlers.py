@@ -11,7 +11,7 @@ from ..core.errors import StoreError
 from ..core.ops import NOTHING, Op, Outcome
 from ..kernels.reference import deviation, restore, top_indices
 from .attention import Rows
-from .chunk_store import ChunkStore
+from .chunk_store import ChunkCorrupt, ChunkStore
 from .session import Session
 from .transformer import Transformer
 
@@ -23,7 +23,15 @@ class Handlers:
         self.transformer = transformer
         self.store = store
         self.request_bytes = request_bytes
-        self.n_read_failures = 0
+        self.unreadable: list[StoreError] = []
+        """Why reads of stored chunks failed, one each."""
+        self.corrupt_keys: set[str] = set()
+        """Chunks whose bytes are bad or gone, so that trying again cannot help."""
+
+    @property
+    def n_read_failures(self) -> int:
+        """Reads of stored chunks that failed."""
+        return len(self.unreadable)
 
     def load(self, session: Session, op: Op) -> Outcome:
         """Read the rows that are loaded, layer by layer, into staging; verified."""
@@ -36,13 +44,16 @@ class Handlers:
                 if session.decision.n_loaded(ordinal, layer, n_layers)
             ]
             counts = [session.decision.n_loaded(ordinal, layer, n_layers) for layer in layers]
-            fate = session.decision.chunks[ordinal]
+            key = session.decision.chunks[ordinal].key
             try:
+                session.order(ordinal)
                 rows = self.store.read(
-                    fate.key, layers[0], layers[-1] + 1, counts, self.request_bytes, op.tier
+                    key, layers[0], layers[-1] + 1, counts, self.request_bytes, op.tier
                 )
-            except StoreError:
-                self.n_read_failures += 1
+            except StoreError as e:
+                self.unreadable.append(e)
+                if isinstance(e, ChunkCorrupt):
+                    self.corrupt_keys.add(key)
                 failed.append(ordinal)
                 continue
             for layer in layers:
@@ -55,11 +66,13 @@ class Handlers:
         """Rotate staged K at its place in this prompt; scatter K and V."""
         cos, sin = self.transformer.rope_table(session.n_prompt)
         n_layers = self.transformer.spec.n_layers
-        keep = session.decision.selection == "deviation"
+        by_deviation = session.decision.selection == "deviation"
         for ordinal in op.chunks:
             n_rows = session.decision.n_loaded(ordinal, op.layer_start, n_layers)
             positions = session.loaded_positions(ordinal, n_rows)
             for layer in range(op.layer_start, op.layer_stop):
+                # The check layer's rows are still compared, on another stream.
+                keep = by_deviation and layer == session.decision.check_layer
                 take = session.staged.get if keep else session.staged.pop
                 rows = take((ordinal, layer))
                 assert rows is not None, (ordinal, layer)
@@ -113,15 +126,13 @@ class Handlers:
 
     def head(self, session: Session, op: Op) -> Outcome:
         """Logits of the last row and the first token."""
-        piece = max(session.hidden)
-        hidden, _ = session.hidden[piece]
+        pieces = [session.hidden[piece][0] for piece in sorted(session.hidden)]
         session.hidden.clear()
         session.staged.clear()
         if session.keep_suffix_logits:
-            session.suffix_logits = self.transformer.logits(
-                hidden[:, -session.decision.n_suffix :]
-            )
-        logits = self.transformer.logits(hidden[:, -1:])
+            suffix = torch.cat(pieces, dim=1)[:, -session.decision.n_suffix :]
+            session.suffix_logits = self.transformer.logits(suffix)
+        logits = self.transformer.logits(pieces[-1][:, -1:])
         return self._made([session], logits)
 
     def decode(self, sessions: Sequence[Session], op: Op) -> Outcome:

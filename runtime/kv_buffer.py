@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -23,21 +25,30 @@ class KvBuffer:
 
 
 class KvPool:
-    """Buffers that were given back, for the next request: fresh pages would fault on its path."""
+    """Buffers that were given back, for the next request: fresh pages would fault on its path.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    Keeps at most `max_free_slots` slots; the buffers given back first go first.
+    """
+
+    def __init__(self, spec: ModelSpec, max_free_slots: int = 1 << 17) -> None:
         self._spec = spec
+        self._max_free_slots = max_free_slots
         self._free: list[KvBuffer] = []
+        self._lock = threading.Lock()
 
     def take(self, n_slots: int) -> KvBuffer:
         """The smallest free buffer with room, or a new one."""
-        fits = [b for b in self._free if b.n_slots >= n_slots]
-        if not fits:
-            return KvBuffer(self._spec, round_up(n_slots, _SLOTS_STEP))
-        best = min(fits, key=lambda b: b.n_slots)
-        self._free.remove(best)
-        return best
+        with self._lock:
+            fits = [b for b in self._free if b.n_slots >= n_slots]
+            if fits:
+                best = min(fits, key=lambda b: b.n_slots)
+                self._free.remove(best)
+                return best
+        return KvBuffer(self._spec, round_up(n_slots, _SLOTS_STEP))
 
     def give_back(self, buffer: KvBuffer) -> None:
-        """The owner is done with it."""
-        self._free.append(buffer)
+        """The owner is done with it; a worker may say so."""
+        with self._lock:
+            self._free.append(buffer)
+            while sum(b.n_slots for b in self._free) > self._max_free_slots:
+                del self._free[0]

@@ -64,7 +64,7 @@ class Runner:
         self.store = ChunkStore(Path(store_dir), self.spec, loaded.fingerprint, tiers)
         self.ingestor = Ingestor(self.transformer, self.store, seed=seed)
         self.kv_capacity_tokens = kv_capacity_tokens
-        self._pool = KvPool(self.spec)
+        self._pool = KvPool(self.spec, kv_capacity_tokens)
 
     def __enter__(self) -> Runner:
         return self
@@ -124,6 +124,21 @@ class Runner:
     ) -> RunResult:
         """Run one request's fixed DAG (prompt and first token)."""
         decision, schedule = self.schedule(workload, request, plan, index)
+        return self.execute_schedule(
+            workload, request, plan, decision, schedule, keep_suffix_logits=keep_suffix_logits
+        )
+
+    def execute_schedule(
+        self,
+        workload: Workload,
+        request: Request,
+        plan: ReusePlan,
+        decision: ReuseDecision,
+        schedule: Schedule,
+        *,
+        keep_suffix_logits: bool = False,
+    ) -> RunResult:
+        """Run a given DAG, whole or a part of one (loads alone, compute alone)."""
         result = RunResult(Timeline((), 0, ()))
 
         def source(request_id: int, attempt: int) -> Session:

@@ -21,9 +21,10 @@ class Session:
         request_id, attempt: which ops belong to it.
         token_ids: int64 `[n_prompt]`.
         decision: the fates; rows follow from it and from `orders`.
-        orders: stored order of each loaded chunk, by ordinal; row i holds token order[i].
+        read_order: stored order of the chunk with that key; row i holds token order[i].
         buffer: at least `n_prompt + n_output` slots.
         n_output: tokens to make.
+        stop_tokens: ids that end the output early.
     """
 
     def __init__(
@@ -32,22 +33,22 @@ class Session:
         attempt: int,
         token_ids: Tensor,
         decision: ReuseDecision,
-        orders: dict[int, Tensor],
+        read_order: Callable[[str], Tensor],
         buffer: KvBuffer,
         n_output: int,
         n_layers: int,
         *,
-        stop_token: int | None = None,
+        stop_tokens: frozenset[int] = frozenset(),
         keep_suffix_logits: bool = False,
     ) -> None:
         self.request_id = request_id
         self.attempt = attempt
         self.token_ids = token_ids
         self.decision = decision
-        self.orders = orders
+        self.orders: dict[int, Tensor] = {}
         self.buffer = buffer
         self.n_output = n_output
-        self.stop_token = stop_token
+        self.stop_tokens = stop_tokens
         self.keep_suffix_logits = keep_suffix_logits
         self.failed = False
         self.staged: dict[tuple[int, int], LayerRows] = {}
@@ -56,6 +57,7 @@ class Session:
         self.new_tokens: list[int] = []
         self.suffix_logits: Tensor | None = None
         self._n_layers = n_layers
+        self._read_order = read_order
         self._rows: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -63,9 +65,20 @@ class Session:
         """Tokens of the prompt."""
         return int(self.token_ids.numel())
 
+    def order(self, ordinal: int) -> Tensor:
+        """Stored order of a loaded chunk. Read once, by the chunk's first load.
+
+        Raises:
+            StoreError: the chunk is gone or its header is bad.
+        """
+        found = self.orders.get(ordinal)
+        if found is None:
+            found = self.orders[ordinal] = self._read_order(self.decision.chunks[ordinal].key)
+        return found
+
     def loaded_positions(self, ordinal: int, n_rows: int) -> Tensor:
         """Prompt positions of the first `n_rows` stored rows of a chunk."""
-        return self.orders[ordinal][:n_rows] + self.decision.chunks[ordinal].offset
+        return self.order(ordinal)[:n_rows] + self.decision.chunks[ordinal].offset
 
     def positions(self, op: Op) -> Tensor:
         """Prompt positions, ascending, that pass through the op's first layer."""
@@ -108,8 +121,7 @@ class Session:
 
     def finished(self) -> bool:
         """Whether the output is complete."""
-        by_stop = self.stop_token is not None and self.new_tokens[-1:] == [self.stop_token]
-        return len(self.new_tokens) >= self.n_output or by_stop
+        return len(self.new_tokens) >= self.n_output or self.new_tokens[-1] in self.stop_tokens
 
     def _part(self, part: int, band: int) -> Tensor:
         """Recomputed positions of a chunk or the suffix, ascending."""
@@ -117,10 +129,11 @@ class Session:
         if part == len(decision.chunks):
             return torch.arange(self.n_prompt - decision.n_suffix, self.n_prompt)
         fate = decision.chunks[part]
-        if not fate.is_loaded or decision.selection == "deviation":
-            return torch.arange(fate.offset, fate.offset + fate.n_tokens)
         n_loaded = fate.n_tokens - fate.n_recompute[band]
-        return self.orders[part][n_loaded:].sort().values + fate.offset
+        if not fate.is_loaded or not n_loaded or decision.selection == "deviation":
+            # No order is needed, and in a band that loads nothing none has been read yet.
+            return torch.arange(fate.offset, fate.offset + fate.n_tokens)
+        return self.order(part)[n_loaded:].sort().values + fate.offset
 
     def _after_check(self) -> Tensor:
         if self.selected is None:

@@ -55,7 +55,7 @@ class LoadParts(NamedTuple):
 def features(op: Op, model: ModelSpec) -> dict[str, float]:
     """Sizes of `op` that its duration is linear in, by name; zero rows leave the op's overhead.
 
-    >>> # a head op costs its overhead, whatever the model: {"head.op": 1.0}
+    Every name of the op's kind is there, zero or not; the unit is what the name counts.
     """
     return dict(zip(FEATURES[op.kind], _VALUES[op.kind](op, model), strict=True))
 

@@ -69,7 +69,9 @@ def test_all_ten_are_listed_with_their_place():
 
 def test_inv_1_missing_token():
     last = max(s.op.op_id for s in served().spans)
-    breaks(without(served(), lambda s: s.op.op_id == last), "INV-1 .* made 2 tokens, it asked for 3")
+    breaks(
+        without(served(), lambda s: s.op.op_id == last), "INV-1 .* made 2 tokens, it asked for 3"
+    )
 
 
 def test_inv_1_missing_and_repeated_first_token():

@@ -18,7 +18,9 @@ from support import make_entry, make_model
 TOKENS = (64, 64, 32)
 
 
-def decision_of(plan: ReusePlan, tokens: tuple[int, ...] = TOKENS, suffix: int = 8) -> ReuseDecision:
+def decision_of(
+    plan: ReusePlan, tokens: tuple[int, ...] = TOKENS, suffix: int = 8
+) -> ReuseDecision:
     found = [make_entry(f"c{i}", n) for i, n in enumerate(tokens)]
     return decide(plan, found, tokens, suffix)
 
@@ -96,7 +98,9 @@ def test_loads_run_at_most_look_ahead_groups_before_compute(look_ahead: int):
 
 
 @pytest.mark.parametrize("layer_group", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("ratios", [(0.5,), (0.5, 0.25), (0.9, 0.5, 0.1), (0.8, 0.6, 0.4, 0.2, 0.0)])
+@pytest.mark.parametrize(
+    "ratios", [(0.5,), (0.5, 0.25), (0.9, 0.5, 0.1), (0.8, 0.6, 0.4, 0.2, 0.0)]
+)
 def test_groups_cover_every_layer_and_never_cross_bands(
     layer_group: int, ratios: tuple[float, ...]
 ):
@@ -115,7 +119,14 @@ def test_groups_cover_every_layer_and_never_cross_bands(
 
 def test_rows_are_what_the_decision_says_layer_by_layer():
     model = make_model(n_layers=6)
-    for policy in ("full_recompute", "prefix_cache", "full_reuse", "epic", "cachetune", "cacheblend"):
+    for policy in (
+        "full_recompute",
+        "prefix_cache",
+        "full_reuse",
+        "epic",
+        "cachetune",
+        "cacheblend",
+    ):
         plan = plan_of(0.9, 0.5, 0.1, policy=policy, prefill_chunk_tokens=40)
         decision = decision_of(plan)
         rows, restored = [0] * 6, [0] * 6

@@ -1,4 +1,4 @@
-"""What each policy decides for a prompt of chunks a, b, c (100, 50, 30 tokens) and a suffix of 7."""
+"""What each policy decides for chunks a, b, c of 100, 50, 30 tokens and a suffix of 7."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host-built tile plan: every visible key once, and no mask where it is not needed only there."""
+"""The host-built tile plan: every visible key exactly once, and no block unmasked by mistake."""
 
 import pytest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cachetune.core.errors import ProfileError
+from cachetune.core.hardware import HardwareProfile
 from cachetune.simulator.cost import COEFFICIENTS, FEATURES, CostModel, LoadParts, features
 from cachetune.simulator.executor import SimExecutor
 from support import COEFFICIENTS_S, NS, make_model, make_op, make_profile, make_tier
@@ -76,10 +77,13 @@ def test_a_missing_coefficient_is_named(name: str):
     profile = profile.replace(coefficients=rest)
     kind = name.partition(".")[0]
     with pytest.raises(ProfileError, match=f"must hold the coefficient '{name}'.*calibrate again"):
-        if kind == "dispatch":
-            SimExecutor(profile)
-        else:
-            CostModel(profile).alone_ns(make_op(0, kind, tier="dram"))
+        use(profile, kind)
+
+
+def use(profile: HardwareProfile, kind: str) -> None:
+    """Need each coefficient of `kind`."""
+    op = make_op(0, "head" if kind == "dispatch" else kind, tier="dram")
+    SimExecutor(profile).submit([op])
 
 
 def test_a_missing_tier_lists_those_there_are():

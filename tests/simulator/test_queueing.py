@@ -71,9 +71,7 @@ def test_time_on_a_shared_link_is_processor_sharing(sizes: str):
     profile = make_profile(tiers=tiers, coefficients_s={"load.op": 0.0})
     drawn = rng(3, "sizes").exponential(MEAN_NS, size=N)
     lengths = [MEAN_NS] * N if sizes == "equal" else [max(1, round(s)) for s in drawn]
-    ops = [
-        make_op(i, "load", f"io.t.{i}", n_bytes=n, tier="t") for i, n in enumerate(lengths)
-    ]
+    ops = [make_op(i, "load", f"io.t.{i}", n_bytes=n, tier="t") for i, n in enumerate(lengths)]
     spans = feed(SimExecutor(profile), zip(poisson_ns(utilisation, 4), ops, strict=True))
     low, high = interval([float(s.duration_ns) for s in sorted(spans, key=lambda s: s.seq)])
     assert low <= MEAN_NS / (1 - utilisation) <= high

@@ -1,0 +1,98 @@
+"""Policies and plans side by side in every tier: the same schedules, predicted then measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import TYPE_CHECKING
+
+from ..core.hardware import HardwareProfile
+from ..core.plan import ReusePlan
+from ..core.workload import Workload
+from .collect import run_once
+from .fidelity import simulate_schedule
+from .probes import Probe
+
+if TYPE_CHECKING:
+    from ..runtime.runner import Runner
+
+Progress = Callable[[str, int, int], None]
+
+SLOW_MS = 1500.0
+"""Runs predicted to take longer are waits on a rate limiter: repeated once, without warm-up."""
+
+
+@dataclass
+class Row:
+    """One plan in one tier over a few requests, each alone."""
+
+    label: str
+    tier: str
+    rho: float | None
+    plan: ReusePlan
+    recompute_ratio: float
+    ttft_ms_predicted: float = 0.0
+    """Mean over the requests."""
+    ttft_ms_measured: list[float] = field(default_factory=list)
+    """One per repeat: mean over the requests."""
+    speedup: float = 0.0
+    """Median TTFT of full recompute, measured in turn with this row, over this one's."""
+    quality: float | None = None
+
+    @property
+    def ttft_ms(self) -> float:
+        """Median measured."""
+        return median(self.ttft_ms_measured)
+
+    @property
+    def error(self) -> float:
+        """Signed relative error of the prediction."""
+        return (self.ttft_ms_predicted - self.ttft_ms) / self.ttft_ms
+
+
+def single_requests(workload: Workload, n_requests: int) -> list[Workload]:
+    """The first requests, each as a workload of its own over its own contents."""
+    alone = []
+    for request in workload.requests[:n_requests]:
+        one = request.replace(request_id=0, arrival_ns=0, max_output_tokens=1, output_tokens=1)
+        contents = {c: workload.contents[c] for c in request.chunks}
+        alone.append(workload.replace(contents=contents, requests=(one,)))
+    return alone
+
+
+def predict_rows(
+    runner: Runner, profile: HardwareProfile, workloads: Sequence[Workload], rows: Sequence[Row]
+) -> None:
+    """Fill in the predictions and have every chunk in its tier; nothing is measured."""
+    for row in rows:
+        times = []
+        for workload in workloads:
+            runner.prepare(workload, row.plan, row.tier)
+            index = runner.index(row.plan, row.tier)
+            _, schedule = runner.schedule(workload, workload.requests[0], row.plan, index)
+            times.append(simulate_schedule(profile, schedule).makespan_ns / 1e6)
+        row.ttft_ms_predicted = mean(times)
+
+
+def measure_rows(
+    runner: Runner,
+    workloads: Sequence[Workload],
+    rows: Sequence[Row],
+    n_repeats: int,
+    progress: Progress | None = None,
+) -> None:
+    """Interleaved repeats after one warm-up; the first row is the baseline of the speed-ups."""
+    for turn in range(n_repeats + 1):
+        for i, row in enumerate(rows):
+            slow = row.ttft_ms_predicted > SLOW_MS
+            if slow and turn not in (1, n_repeats):
+                continue
+            probes = [Probe(row.label, w, row.plan, row.tier) for w in workloads]
+            times = [run_once(runner, p).makespan_ns / 1e6 for p in probes]
+            if turn:
+                row.ttft_ms_measured.append(mean(times))
+            if progress is not None:
+                progress(f"tier {row.tier}", turn * len(rows) + i + 1, (n_repeats + 1) * len(rows))
+    for row in rows:
+        row.speedup = rows[0].ttft_ms / row.ttft_ms
