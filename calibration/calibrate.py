@@ -13,7 +13,6 @@ import numpy as np
 from ..core.hardware import Coefficient, FitReport, HardwareProfile, Tier
 from ..core.model_spec import ModelSpec
 from ..core.ops import OpKind
-from ..core.timeline import Timeline
 from ..simulator.cost import DISPATCH_GAP
 from .collect import Measured, collect, run_once
 from .fit import Sample, dispatch_gap, fit_kind, report, solve
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 RHOS = (0.1, 0.7, 4.0, 25.0)
 """Transfer over recompute time per token: an H200 with PCIe, NVMe, 10 Gbps and HDD."""
 
-DECODE_BATCHES = (1, 2, 4, 8)
-DECODE_STEPS = 6
 Progress = Callable[[str, int, int], None]
 
 
@@ -123,10 +120,9 @@ def calibrate(
                 settings.n_repeats,
                 lambda done, total: tell("probes", done, total),
             )
-            decodes = decode_runs(runner, library, settings)
             unbuffered = {c.name: runner.store.is_unbuffered(c.name) for c in configs}
     device = device_here(threads)
-    coefficients, fits = fit_all(measured, decodes, loaded.spec, settings.seed)
+    coefficients, fits = fit_all(measured, loaded.spec, settings.seed)
     tiers, load, load_fit = fit_tiers(measured, configs, settings.rhos, unbuffered)
     coefficients["load.op"] = load
     fits["load"] = load_fit
@@ -151,24 +147,8 @@ def recompute_s_per_token(runner: Runner, library: Library, settings: Settings) 
     return median(times) / probe.n_prompt
 
 
-def decode_runs(runner: Runner, library: Library, settings: Settings) -> list[Timeline]:
-    """Closed loops of several batch sizes and contexts, for their decode spans."""
-    timelines = []
-    for batch in DECODE_BATCHES:
-        for size in (settings.max_tokens // 16, settings.max_tokens // 4):
-            base = library.workload(Shape(1, max(16, size), 16))
-            request = base.requests[0].replace(
-                max_output_tokens=DECODE_STEPS, output_tokens=DECODE_STEPS
-            )
-            requests = tuple(request.replace(request_id=i) for i in range(batch))
-            workload = base.replace(requests=requests)
-            plan = plan_with("full_recompute", 1.0)
-            timelines.append(runner.serve(workload, plan, runner.index(plan)).timeline)
-    return timelines
-
-
 def fit_all(
-    measured: Sequence[Measured], decodes: Sequence[Timeline], model: ModelSpec, seed: int
+    measured: Sequence[Measured], model: ModelSpec, seed: int
 ) -> tuple[dict[str, Coefficient], dict[str, FitReport]]:
     """Every kind but load."""
     samples: dict[OpKind, list[Sample]] = {}
@@ -176,10 +156,6 @@ def fit_all(
         for op in one.ops():
             if op.kind != "load" and (op.n_tokens or op.kind == "head"):
                 samples.setdefault(op.kind, []).append(Sample(op, one.median_ns(op.op_id) / 1e9))
-    for timeline in decodes:
-        for span in timeline.spans:
-            if span.op.kind == "decode":
-                samples.setdefault("decode", []).append(Sample(span.op, span.duration_ns / 1e9))
     coefficients: dict[str, Coefficient] = {}
     fits: dict[str, FitReport] = {}
     for kind, found in sorted(samples.items()):

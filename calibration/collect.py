@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from ..core.ops import Op, Span
@@ -22,11 +22,6 @@ class Measured:
 
     probe: Probe
     timelines: list[Timeline] = field(default_factory=list)
-
-    @property
-    def ttft_ns(self) -> list[int]:
-        """Start to the end of the head, per repeat."""
-        return [t.end_ns - t.start_ns for t in self.timelines]
 
     def ops(self) -> list[Op]:
         """The DAG, in submission order."""
@@ -65,9 +60,16 @@ def run_once(runner: Runner, probe: Probe, *, prepare: bool = False) -> Timeline
     if prepare:
         runner.prepare(probe.workload, probe.plan, probe.tier)
     index = runner.index(probe.plan, probe.tier)
+    decisions, schedule = runner.batch_schedule(probe.workload, probe.plan, index, probe.n_decode)
     gc.collect(0)
     gc.disable()
     try:
-        return runner.execute(probe.workload, probe.request, probe.plan, index).timeline
+        return runner.execute_schedule(probe.workload, probe.plan, decisions, schedule).timeline
     finally:
         gc.enable()
+
+
+def ttft_ms(timeline: Timeline) -> float:
+    """Mean time from the start to the first token, over the requests of a fixed DAG."""
+    heads = [s.end_ns - timeline.start_ns for s in timeline.spans if s.op.kind == "head"]
+    return mean(heads) / 1e6

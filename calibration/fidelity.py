@@ -1,6 +1,6 @@
 """Fidelity: predict held-out schedules, write that down, then measure them.
 
-Both run the same ops (`core.engine.schedule_of`), joined by op id. The A/A error, one half of the
+Both run the same ops (`core.engine.batch_schedule_of`), joined by op id. The A/A error, one half of the
 repeats against the other, is what no model can beat on this machine.
 """
 
@@ -18,7 +18,7 @@ from ..core.ops import Schedule
 from ..core.timeline import Timeline
 from ..simulator.executor import SimExecutor
 from .calibrate import open_runner
-from .collect import Measured, run_once
+from .collect import Measured, run_once, ttft_ms
 from .probes import Library, Probe, held_out
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def predict(profile: HardwareProfile, runner: Runner, probes: Sequence[Probe]) -
     for probe in probes:
         runner.prepare(probe.workload, probe.plan, probe.tier)
         index = runner.index(probe.plan, probe.tier)
-        _, schedule = runner.schedule(probe.workload, probe.request, probe.plan, index)
+        _, schedule = runner.batch_schedule(probe.workload, probe.plan, index, probe.n_decode)
         timeline = simulate_schedule(profile, schedule)
         points.append(
             Point(
@@ -77,7 +77,7 @@ def predict(profile: HardwareProfile, runner: Runner, probes: Sequence[Probe]) -
                 limited=profile.tier(probe.tier).limited,
                 policy=probe.plan.policy,
                 n_prompt=probe.n_prompt,
-                ttft_ms_predicted=timeline.makespan_ns / 1e6,
+                ttft_ms_predicted=ttft_ms(timeline),
                 ttft_ms_measured=[],
                 op_ms_predicted=_by_kind(timeline),
                 op_ms_measured={},
@@ -100,14 +100,16 @@ def check(
 ) -> list[Point]:
     """Draw, predict, hand the predictions to `on_predicted`, then measure interleaved repeats."""
     library = Library(profile.model, seed)
-    names = list(tiers or profile.tiers)
-    probes = held_out(library, names, max_tokens, n_schedules, seed)
-    with tempfile.TemporaryDirectory(prefix="cachetune-") as folder:
-        with open_runner(profile, loaded, folder) as runner:
-            points = predict(profile, runner, probes)
-            if on_predicted is not None:
-                on_predicted([asdict(p) for p in points])
-            measure(runner, probes, points, n_repeats, progress)
+    rhos = {name: profile.tier(name).rho for name in tiers or profile.tiers}
+    probes = held_out(library, rhos, max_tokens, n_schedules, seed)
+    with (
+        tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
+        open_runner(profile, loaded, folder) as runner,
+    ):
+        points = predict(profile, runner, probes)
+        if on_predicted is not None:
+            on_predicted([asdict(p) for p in points])
+        measure(runner, probes, points, n_repeats, progress)
     return points
 
 
@@ -124,7 +126,7 @@ def measure(
         for i, (one, point) in enumerate(zip(measured, points, strict=True)):
             timeline = run_once(runner, one.probe)
             if turn > 0:
-                point.ttft_ms_measured.append(timeline.makespan_ns / 1e6)
+                point.ttft_ms_measured.append(ttft_ms(timeline))
                 for kind, ms in _by_kind(timeline).items():
                     point.op_ms_measured.setdefault(kind, []).append(ms)
             if progress is not None:

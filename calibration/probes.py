@@ -6,7 +6,7 @@ coefficients; held-out draws mix everything and go to twice the probes' size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,25 +17,25 @@ from ..core.plan import PolicyName, RatioRule, ReusePlan
 from ..core.rng import rng
 from ..core.workload import Content, Request, Workload
 
+DECODE_STEPS = 4
+SLOW_RHO = 2.0
+"""Slower tiers get shorter held-out prompts: their loads only wait for a rate limiter."""
+
 
 @dataclass(frozen=True)
 class Probe:
-    """One schedule to be run: request 0 of `workload`."""
+    """One schedule to be run: all requests of `workload` at once, then some decode steps."""
 
     name: str
     workload: Workload
     plan: ReusePlan
     tier: str
-
-    @property
-    def request(self) -> Request:
-        """The only request."""
-        return self.workload.requests[0]
+    n_decode: int = 0
 
     @property
     def n_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return self.workload.prompt_tokens(self.request)
+        """Tokens of all prompts."""
+        return sum(self.workload.prompt_tokens(r) for r in self.workload.requests)
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Library:
         draw = rng(self.seed, "library", n_tokens, number)
         return tuple(int(t) for t in draw.integers(0, self.model.vocab_size, n_tokens))
 
-    def workload(self, shape: Shape) -> Workload:
-        """One request of that shape, one token of output."""
+    def workload(self, shape: Shape, batch: int = 1, n_decode: int = 0) -> Workload:
+        """`batch` requests of that shape over the same chunks, each rotated by one more."""
         texts = [self.chunk(shape.chunk_tokens, i) for i in range(shape.n_chunks)]
         names = [content_id_of(t) for t in texts]
         contents = {
@@ -68,16 +68,20 @@ class Library:
             for name, t in zip(names, texts, strict=True)
         }
         suffix = self.chunk(shape.suffix_tokens, 10_000)
-        request = Request(
-            request_id=0,
-            arrival_ns=0,
-            chunks=tuple(names),
-            suffix_tokens=len(suffix),
-            suffix_ids=suffix,
-            max_output_tokens=1,
-            output_tokens=1,
+        requests = tuple(
+            Request(
+                request_id=i,
+                arrival_ns=0,
+                chunks=tuple(names[i % len(names) :] + names[: i % len(names)]),
+                suffix_tokens=len(suffix),
+                suffix_ids=suffix,
+                max_output_tokens=1 + n_decode,
+                output_tokens=1 + n_decode,
+            )
+            for i in range(batch)
         )
-        return Workload(name=f"{shape}", contents=contents, requests=(request,), seed=self.seed)
+        name = f"{shape.n_chunks}x{shape.chunk_tokens}+{shape.suffix_tokens}"
+        return Workload(name=name, contents=contents, requests=requests, seed=self.seed)
 
 
 def plan_with(policy: PolicyName, ratio: float, **knobs: object) -> ReusePlan:
@@ -110,13 +114,29 @@ def ladder(library: Library, tiers: Sequence[str], max_tokens: int) -> list[Prob
             add(plan_with("cachetune", ratio, restore_stream=stream, layer_group=1 + i % 3), tier)
         add(plan_with("cachetune", 0.15, load_order="chunk", n_io_workers=2), tiers[s % len(tiers)])
         add(plan_with("cacheblend", 0.15), tiers[s % len(tiers)])
+    return probes + decode_ladder(library, tiers[0], max_tokens)
+
+
+def decode_ladder(library: Library, tier: str, max_tokens: int) -> list[Probe]:
+    """Batches and contexts for decode steps."""
+    probes = []
+    for batch in (1, 2, 4, 8):
+        for size in (max_tokens // 16, max_tokens // 4):
+            shape = Shape(1, max(16, size), 16)
+            workload = library.workload(shape, batch, DECODE_STEPS)
+            name = f"decode.{batch}x{size}"
+            probes.append(Probe(name, workload, plan_with("full_reuse", 0.0), tier, DECODE_STEPS))
     return probes
 
 
 def held_out(
-    library: Library, tiers: Sequence[str], max_tokens: int, n: int, seed: int
+    library: Library, tiers: Mapping[str, float | None], max_tokens: int, n: int, seed: int
 ) -> list[Probe]:
-    """Random schedules, up to twice `max_tokens`; sizes, ratios and knobs the ladder lacks."""
+    """Random schedules, up to twice `max_tokens`; sizes, ratios, batches and knobs not probed.
+
+    Args:
+        tiers: name to rho, None where the tier is not limited.
+    """
     draw = rng(seed, "held_out")
     policies: list[PolicyName] = [
         "cachetune",
@@ -128,22 +148,28 @@ def held_out(
         "cacheblend",
         "prefix_cache",
     ]
+    names = list(tiers)
     probes = []
     for i in range(n):
-        probes.append(_draw(library, tiers, max_tokens, policies[i % len(policies)], draw, i))
+        tier = names[i % len(names)]
+        longest = 2 * max_tokens / max(1.0, (tiers[tier] or 0.0) / SLOW_RHO)
+        policy = policies[i // len(names) % len(policies)]
+        probes.append(_draw(library, tier, longest, policy, draw, i))
     return probes
 
 
 def _draw(
     library: Library,
-    tiers: Sequence[str],
-    max_tokens: int,
+    tier: str,
+    longest: float,
     policy: PolicyName,
     draw: np.random.Generator,
     number: int,
 ) -> Probe:
     n_chunks = int(draw.integers(2, 13))
-    total = int(draw.uniform(0.25, 2.0) * max_tokens)
+    batch = int(draw.choice([1, 1, 1, 2, 3]))
+    n_decode = int(draw.integers(0, 5))
+    total = int(draw.uniform(0.12, 1.0) * longest / batch)
     chunk_tokens = max(24, total // n_chunks // 8 * 8)
     shape = Shape(n_chunks, chunk_tokens, int(draw.integers(8, 80)))
     plan = plan_with(
@@ -157,5 +183,5 @@ def _draw(
         n_io_workers=int(draw.integers(1, 4)),
         request_bytes=int(draw.choice([1 << 16, 1 << 18, 1 << 20])),
     )
-    tier = tiers[number % len(tiers)]
-    return Probe(f"held.{number}.{policy}.{tier}", library.workload(shape), plan, tier)
+    workload = library.workload(shape, batch, n_decode)
+    return Probe(f"held.{number}.{policy}.{tier}.x{batch}", workload, plan, tier, n_decode)

@@ -1,11 +1,11 @@
 """Train the small Llama decoder on which reuse quality is measured.
 
     python -m cachetune.calibration.train_toy --out DIR --seed 0 --minutes 30
-    python -m cachetune.calibration.train_toy --out DIR2 --init DIR --lr 1e-3 --minutes 8
+    python -m cachetune.calibration.train_toy --out DIR2 --init DIR --lr 1e-2 --minutes 4
 
-The second form continues from saved weights at full context length. The learning rate and the
-curriculum follow elapsed time, so the weights depend on the speed of the machine; the seed fixes
-the initial weights and the stream of training data.
+The second form repairs one embedding row of saved weights (see `zero_header_row`). The learning
+rate and the curriculum follow elapsed time, so the weights depend on the speed of the machine; the
+seed fixes the initial weights and the stream of training data.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from .tasks import (
     TASK_NAMES,
     VOCAB_SIZE,
     TaskInstance,
-    TaskName,
     make_instance,
     pose,
     stream,
@@ -46,9 +45,9 @@ LEVEL_DEADLINES = (0.15, 0.30, 0.45, 1.0)
 LEVEL_UP_ACCURACY = 0.90
 REHEARSAL_PROBABILITY = 0.15
 TOKENS_PER_STEP = 4096
-ZEROED_HEADERS = 0.15
+REPAIR_ZEROED_HEADERS = 0.30
 WARMUP_STEPS, CLIP_NORM = 50, 1.0
-RESOLVED_WEIGHT, KEY_WEIGHT, LM_WEIGHT = 0.5, 0.25, 0.25
+LOSS_WEIGHTS = {"answer": 1.0, "resolved": 0.5, "key": 0.25, "lm": 0.25}
 # The auxiliary heads read the residual stream before the layers that need the information.
 KEY_DEPTH, RESOLVED_DEPTH = 2, 3
 LOG_EVERY_STEPS = 20
@@ -114,28 +113,39 @@ def collate(instances: list[TaskInstance]) -> Batch:
     return Batch(*(torch.from_numpy(a) for a in (ids, answer, resolved, key, following)))
 
 
-def training_instance(rng: np.random.Generator, task: TaskName, n_chunks: int) -> TaskInstance:
-    """A context in which some headers are set to shift 0.
-
-    A header of shift 0 reads like no header at all, and a model trained on uniform shifts
-    overlooks it and takes an older one: such headers have to be frequent in training.
-    """
-    one = make_instance(rng, task, n_chunks)
-    if task == "recall":
-        return one
-    zeroed = rng.random(n_chunks) < ZEROED_HEADERS
+def zero_some_headers(rng: np.random.Generator, one: TaskInstance) -> TaskInstance:
+    """The same context with a share of its headers set to shift 0, asked anew."""
+    zeroed = rng.random(len(one.chunks)) < REPAIR_ZEROED_HEADERS
     chunks = [
         tuple(HEADER_0 if zero and HEADER_0 <= t < ANSWER_0 else t for t in chunk)
         for chunk, zero in zip(one.chunks, zeroed, strict=True)
     ]
-    return pose(rng, task, chunks)
+    return pose(rng, one.task, chunks)
 
 
-def draw(rng: np.random.Generator, n_chunks: int) -> Batch:
+def draw(rng: np.random.Generator, n_chunks: int, repair: bool) -> Batch:
     """A batch of about TOKENS_PER_STEP tokens, both tasks in equal parts."""
     pairs = max(1, TOKENS_PER_STEP // (2 * 70 * n_chunks))
-    tasks = TASK_NAMES * pairs
-    return collate([training_instance(rng, task, n_chunks) for task in tasks])
+    instances = [make_instance(rng, task, n_chunks) for task in TASK_NAMES * pairs]
+    if repair:
+        instances = [zero_some_headers(rng, one) for one in instances]
+    return collate(instances)
+
+
+def zero_header_row(model: LlamaForCausalLM) -> list[nn.Parameter]:
+    """Freeze all but the input embedding of the shift-0 header, restarted at its siblings' mean.
+
+    A header of shift 0 says what no header says, so training from scratch pushes its embedding
+    away from the other headers' and the model then looks past it to an older one.
+    """
+    model.requires_grad_(False)
+    weight = model.model.embed_tokens.weight
+    weight[HEADER_0] = weight[HEADER_0 + 1 : ANSWER_0].mean(0)
+    weight.requires_grad_(True)
+    only_row = torch.zeros_like(weight)
+    only_row[HEADER_0] = 1.0
+    weight.register_hook(lambda gradient: gradient * only_row)
+    return [weight]
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -144,20 +154,19 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def losses(
-    model: LlamaForCausalLM, heads: nn.ModuleDict, batch: Batch
+    model: LlamaForCausalLM, heads: nn.ModuleDict | None, batch: Batch
 ) -> tuple[Tensor, dict[str, float]]:
-    """Weighted training loss and its parts; `accuracy` counts the answers of both tasks."""
+    """Weighted training loss and its parts; the accuracies are those of the two tasks' answers."""
     out = model(input_ids=batch.ids, output_hidden_states=True, use_cache=False)
     parts = {
         "answer": cross_entropy(out.logits, batch.answer),
-        "resolved": cross_entropy(
-            heads["resolved"](out.hidden_states[RESOLVED_DEPTH]), batch.resolved
-        ),
-        "key": cross_entropy(heads["key"](out.hidden_states[KEY_DEPTH]), batch.key),
         "lm": cross_entropy(out.logits, batch.following),
     }
-    weights = {"answer": 1.0, "resolved": RESOLVED_WEIGHT, "key": KEY_WEIGHT, "lm": LM_WEIGHT}
-    total = sum((weights[name] * part for name, part in parts.items()), torch.zeros(()))
+    if heads is not None:
+        resolved = heads["resolved"](out.hidden_states[RESOLVED_DEPTH])
+        parts["resolved"] = cross_entropy(resolved, batch.resolved)
+        parts["key"] = cross_entropy(heads["key"](out.hidden_states[KEY_DEPTH]), batch.key)
+    total = torch.stack([LOSS_WEIGHTS[name] * part for name, part in parts.items()]).sum()
     asked = batch.answer != IGNORE
     right = (out.logits.argmax(-1) == batch.answer)[asked].float()
     scores = {name: part.item() for name, part in parts.items()}
@@ -198,18 +207,24 @@ def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, int]:
     """Train for `args.minutes`, writing the log and a rolling copy of the weights to `args.out`."""
     torch.manual_seed(args.seed)
     last = len(CURRICULUM_CHUNKS) - 1
-    if args.init:
+    repair = args.init is not None
+    heads = None
+    if repair:
         model, level = LlamaForCausalLM.from_pretrained(args.init), last
+        params = zero_header_row(model)
     else:
         model, level = LlamaForCausalLM(toy_config()), 0
-    heads = nn.ModuleDict({n: AuxiliaryHead(model.config.hidden_size) for n in ("resolved", "key")})
-    params = [*model.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    rng = stream(f"train/{len(args.previous)}", args.seed)
+        width = model.config.hidden_size
+        heads = nn.ModuleDict({name: AuxiliaryHead(width) for name in ("resolved", "key")})
+        params = [*model.parameters(), *heads.parameters()]
+    # Decay would also move the rows that a repair must leave alone.
+    decay = 0.0 if repair else 0.01
+    optimiser = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=decay)
+    rng = stream("repair" if repair else "train", args.seed)
     start_s = last_save_s = time.monotonic()
     step, running = 0, 0.0
     with (args.out / "training_log.jsonl").open("w") as log:
-        if args.init:
+        if repair:
             log.write((args.init / "training_log.jsonl").read_text())
         while (done := (time.monotonic() - start_s) / (60 * args.minutes)) < 1.0:
             rate = args.lr * min(1.0, (step + 1) / WARMUP_STEPS)
@@ -218,7 +233,7 @@ def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, int]:
                 group["lr"] = rate
             rehearse = level > 0 and rng.random() < REHEARSAL_PROBABILITY
             n_chunks = CURRICULUM_CHUNKS[int(rng.integers(level)) if rehearse else level]
-            total, scores = losses(model, heads, draw(rng, n_chunks))
+            total, scores = losses(model, heads, draw(rng, n_chunks, repair))
             optimiser.zero_grad(set_to_none=True)
             total.backward()
             nn.utils.clip_grad_norm_(params, CLIP_NORM)
@@ -257,7 +272,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30.0, help="training time")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--init", type=Path, help="continue from the weights in this directory")
+    parser.add_argument("--init", type=Path, help="repair the weights in this directory")
     parser.add_argument("--contexts", type=int, default=60, help="contexts per final evaluation")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -271,7 +286,7 @@ def main() -> None:
         "seed": args.seed,
         "steps": steps,
         "minutes": args.minutes,
-        "zeroed_headers": ZEROED_HEADERS,
+        "zeroed_headers": REPAIR_ZEROED_HEADERS if args.init else 0.0,
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {

@@ -70,7 +70,7 @@ def hf_forward_ms(runner: Runner, probe: Probe) -> float:
 
     from ..runtime.attention import ATTENTION_NAME
 
-    contents, request = probe.workload.contents, probe.request
+    contents, request = probe.workload.contents, probe.workload.requests[0]
     ids = [t for c in request.chunks for t in contents[c].token_ids or ()]
     prompt = torch.tensor([[*ids, *(request.suffix_ids or ())]])
     model = runner.loaded.hf
@@ -139,12 +139,12 @@ def overlaps(
             plan = plan_with("cachetune", ratio, **knobs)
             runner.prepare(workload, plan, tier)
             index = runner.index(plan, tier)
-            decision, whole = runner.schedule(workload, request, plan, index)
+            decisions, whole = runner.schedule(workload, request, plan, index)
             parts = (whole, part_of(whole, LOADING), part_of(whole, COMPUTING))
             one = Overlap(tier, rho, ratio)
             for turn in range(n_repeats + 1):
                 times = [
-                    runner.execute_schedule(workload, request, plan, decision, part).timeline
+                    runner.execute_schedule(workload, plan, decisions, part).timeline
                     for part in parts
                 ]
                 if turn:

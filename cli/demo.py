@@ -59,6 +59,7 @@ def command(
 ) -> None:
     """Calibrate, tune and run every policy in every tier; write the report to build/demo."""
     from ..calibration.calibrate import Settings, calibrate, open_runner
+    from ..calibration.compare import single_requests
     from ..calibration.toy_model import shipped_quality
     from ..runtime.loaded_model import load_model
     from .console import note, progress_bar
@@ -72,21 +73,16 @@ def command(
     with progress_bar() as tell:
         profile = calibrate(loaded, Settings(max_tokens=CHUNKS * passage_tokens, seed=seed), tell)
         profile.write(out / "profile.json")
-        with tempfile.TemporaryDirectory(prefix="cachetune-") as folder:
-            with open_runner(profile, loaded, folder) as runner:
-                from ..calibration.compare import single_requests
-
-                demo = Demo(
-                    runner,
-                    profile,
-                    single_requests(workload, N_REQUESTS),
-                    shipped_quality(),
-                    passage_tokens,
-                )
-                plans = _tune(demo, trials, seed, tell)
-                plans[PLAN_TIER].write(out / "plan.json")
-                rows, sweep = _compare(demo, plans, repeats, tell)
-                traces = _traces(demo, plans[PLAN_TIER].plan, out)
+        with (
+            tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
+            open_runner(profile, loaded, folder) as runner,
+        ):
+            alone = single_requests(workload, N_REQUESTS)
+            demo = Demo(runner, profile, alone, shipped_quality(), passage_tokens)
+            plans = _tune(demo, trials, seed, tell)
+            plans[PLAN_TIER].write(out / "plan.json")
+            rows, sweep = _compare(demo, plans, repeats, tell)
+            traces = _traces(demo, plans[PLAN_TIER].plan, out)
         toy = toy_rows(seed, repeats, tell)
     summary = finish(demo, plans, rows, sweep, toy, traces, out, seed)
     note(f"report: {out}/report.html ({time.monotonic() - started:.0f} s)")
@@ -182,8 +178,8 @@ def _traces(demo: Demo, plan: ReusePlan, out: Path) -> dict[str, Any]:
     demo.runner.prepare(workload, plan, PLAN_TIER)
     index = demo.runner.index(plan, PLAN_TIER)
     request = workload.requests[0]
-    decision, schedule = demo.runner.schedule(workload, request, plan, index)
-    real = demo.runner.execute_schedule(workload, request, plan, decision, schedule).timeline
+    decisions, schedule = demo.runner.schedule(workload, request, plan, index)
+    real = demo.runner.execute_schedule(workload, plan, decisions, schedule).timeline
     simulated = simulate_schedule(demo.profile, schedule)
     for timeline in (simulated, real):
         invariants.check(timeline, workload, schedule)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -60,12 +59,6 @@ def app(names: Iterable[str]) -> typer.Typer:
     return root
 
 
-def available() -> tuple[str, ...]:
-    """Commands whose module is there."""
-    here = Path(__file__).parent
-    return tuple(name for name in COMMANDS if (here / f"{name}.py").is_file())
-
-
 def _print_version(asked: bool) -> None:
     if asked:
         from .. import __version__
@@ -84,8 +77,7 @@ def _root(
 
 def _asked_for(args: Sequence[str]) -> tuple[str, ...]:
     """The command that `args` begin with, or all of them for help and for typing errors."""
-    names = available()
-    return (args[0],) if args and args[0] in names else names
+    return (args[0],) if args and args[0] in COMMANDS else COMMANDS
 
 
 def _first_word(args: Sequence[str]) -> str:

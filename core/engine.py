@@ -190,27 +190,55 @@ class Engine:
         self._decode_in_flight = True
         request_ids = tuple(self._decoding)
         n_pairs = sum(self._decoding[r][0] for r in request_ids)
-        return Op(
-            op_id=next(self._ids),
-            kind="decode",
-            stream=COMPUTE,
-            request_ids=request_ids,
-            layer_start=0,
-            layer_stop=self.model.n_layers,
-            n_tokens=len(request_ids),
-            n_pairs=n_pairs,
-        )
+        return decode_op(next(self._ids), request_ids, n_pairs, self.model, None)
 
 
 def schedule_of(
     workload: Workload, request: Request, model: ModelSpec, plan: ReusePlan, index: ChunkIndex
 ) -> tuple[ReuseDecision, list[Op]]:
     """One request's decision and its fixed DAG, as the engine would submit it alone."""
+    one = workload.replace(requests=(request,))
+    decisions, ops = batch_schedule_of(one, model, plan, index)
+    return decisions[request.request_id], ops
+
+
+def batch_schedule_of(
+    workload: Workload, model: ModelSpec, plan: ReusePlan, index: ChunkIndex, n_decode: int = 0
+) -> tuple[dict[int, ReuseDecision], list[Op]]:
+    """All requests at once, then `n_decode` steps of the whole batch, as one fixed DAG."""
     ids = itertools.count()
-    found = index.lookup(request.chunks, request.tenant)
-    decision = decide(plan, found, workload.chunk_tokens(request), request.suffix_tokens)
-    pieces = lower(request.request_id, decision, plan, model, ids.__next__)
-    return decision, [op for piece in pieces for op in piece]
+    decisions = {}
+    ops: list[Op] = []
+    for request in workload.requests:
+        found = index.lookup(request.chunks, request.tenant)
+        decision = decide(plan, found, workload.chunk_tokens(request), request.suffix_tokens)
+        decisions[request.request_id] = decision
+        for piece in lower(request.request_id, decision, plan, model, ids.__next__):
+            ops += piece
+    context = sum(workload.prompt_tokens(r) for r in workload.requests)
+    batch = len(workload.requests)
+    for step in range(1, n_decode + 1):
+        ops.append(
+            decode_op(next(ids), tuple(decisions), context + step * batch, model, ops[-1].op_id)
+        )
+    return decisions, ops
 
 
-__all__ = ["DEPTH", "Engine", "Outcome", "schedule_of"]
+def decode_op(
+    op_id: int, request_ids: tuple[int, ...], n_pairs: int, model: ModelSpec, after: int | None
+) -> Op:
+    """One step of a batch that sees `n_pairs` keys in all, per layer."""
+    return Op(
+        op_id=op_id,
+        kind="decode",
+        stream=COMPUTE,
+        request_ids=request_ids,
+        layer_start=0,
+        layer_stop=model.n_layers,
+        n_tokens=len(request_ids),
+        n_pairs=n_pairs,
+        deps=() if after is None else (after,),
+    )
+
+
+__all__ = ["DEPTH", "Engine", "batch_schedule_of", "schedule_of"]

@@ -41,7 +41,8 @@ class ModelSpec(Record):
     def _check(self) -> ModelSpec:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.n_kv_heads}"
+                "n_heads must be a multiple of n_kv_heads, got "
+                f"{self.n_heads} and {self.n_kv_heads}"
             )
         return self
 

@@ -168,7 +168,7 @@ def decode_quantised(
         PAIRS_PAD=triton.next_power_of_2(pairs),
         PASS_PAD=max(16, triton.next_power_of_2(d - 2 * pairs)),
         TURN=cos_table is not None, INTERLEAVED=interleaved,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
     )  # fmt: skip
     merge_kernel[(batch * heads,)](
         part, lse, out, batch * heads, shares + 1,

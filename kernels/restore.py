@@ -122,5 +122,5 @@ def restore(
         K_BITS=k_bits, V_BITS=v_bits, D=d, D_PAD=triton.next_power_of_2(d), ROTARY=2 * pairs,
         PAIRS_PAD=triton.next_power_of_2(pairs),
         PASS_PAD=triton.next_power_of_2(max(1, d - 2 * pairs)),
-        INTERLEAVED=interleaved, BLOCK_T=GROUP, num_warps=4,
+        INTERLEAVED=interleaved, BLOCK_T=GROUP, num_warps=4 if d <= 128 else 8,
     )  # fmt: skip

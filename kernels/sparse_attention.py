@@ -194,10 +194,13 @@ class TilePlan:
     config: TileConfig
 
 
-def tile_config(n_q: int, group: int, head_dim: int) -> TileConfig:
+def tile_config(n_q: int, group: int, head_dim: int, dtype: torch.dtype) -> TileConfig:
     """The widest tile of the current architecture that neither spills nor runs mostly empty."""
     hopper = 90 <= current_arch() < 120  # 12x has neither their matrix unit nor their memory
     block_m = max(16, min(128, triton.next_power_of_2(max(n_q * group, group))))
+    if dtype == torch.float32:
+        smallest = max(16, triton.next_power_of_2(group))
+        return TileConfig(smallest, 32, 4, 2) if head_dim <= 128 else TileConfig(smallest, 16, 8, 2)
     if head_dim > 128:
         return TileConfig(min(block_m, 64), 32, 4 if block_m < 64 else 8, 2)
     if block_m < 64:
@@ -218,18 +221,20 @@ def plan_tiles(
     window: int | None = None,
     config: TileConfig | None = None,
     n_splits: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> TilePlan:
     """Cut sorted ``positions`` ``[n_q]`` into tiles and their key ranges (reads them on the host).
 
     Args:
         config, n_splits: instead of the ones chosen for the shape. Splits are added until the GPU
             has about two programs per processor, none shorter than four key blocks.
+        dtype: of q, k and v; fp32 needs smaller tiles.
 
     Raises:
         ValueError: positions do not ascend, heads do not divide, or ``G`` exceeds the tile.
     """
     group = n_heads // n_kv_heads
-    config = config or tile_config(positions.numel(), group, head_dim)
+    config = config or tile_config(positions.numel(), group, head_dim, dtype)
     if group * n_kv_heads != n_heads or not 0 < group <= config.block_m:
         raise ValueError(
             f"H must be a multiple of HK and G = H / HK at most block_m; got H={n_heads}, "
@@ -311,7 +316,7 @@ def sparse_attention(
             f"need n_keys <= n_slots, n_slots * stride < 2**31 and scale > 0; got n_keys={n_keys}, "
             f"n_slots={k.shape[1]}, stride={k.stride(1)}, scale={scale}: split the buffer by heads"
         )
-    plan = plan or plan_tiles(positions, n_keys, n_heads, hk, d, window)
+    plan = plan or plan_tiles(positions, n_keys, n_heads, hk, d, window, dtype=q.dtype)
     made_for = (plan.positions.numel(), plan.n_keys, plan.window, plan.group, plan.head_dim)
     if made_for != (n_q, n_keys, window, n_heads // hk, d):
         raise ValueError(
@@ -334,7 +339,7 @@ def sparse_attention(
         n_q, n_heads, n_keys, window or 0, k.stride(0), k.stride(1), scale * LOG2E,
         G=plan.group, D=d, D_PAD=d_pad, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
         WINDOWED=window is not None, KEEP=keep is not None, SPLIT=split,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if split:

@@ -17,7 +17,7 @@ from ..core.chunk_index import ChunkEntry
 from ..core.errors import CapacityError, StoreError
 from ..core.layout import blob_bytes, chunk_bytes
 from ..core.model_spec import ModelSpec
-from .chunk_file import CHUNK_SUFFIX, chunk_seed
+from .chunk_file import CHUNK_SUFFIX, cannot_write, chunk_seed
 from .store_index import Row, StoreIndex
 from .tiers import StoreTier
 
@@ -158,7 +158,10 @@ class Catalog:
             # Memory first, so that no reader starts; the row last, so that a crash can be told.
             del self.kept[key]
             self.ram.pop(key, None)
-            kept.path.unlink(missing_ok=True)
+            try:
+                kept.path.unlink(missing_ok=True)
+            except OSError as e:
+                raise cannot_write(kept.path, e) from None
             self._index.remove(key)
             return
         self.drop_unused_ram(kept)

@@ -114,9 +114,9 @@ class ChunkReader:
             if e.errno == errno.EIO:
                 raise ChunkCorrupt(kept.entry.key, "the disk cannot read it") from None
             raise StoreError(
-                "chunk files must be readable",
+                "a chunk must be readable from its file into memory",
                 values=f"{kept.path}: {e.strerror}",
-                remedy="fix the permissions, or raise the limit of open files",
+                remedy="fix the permissions, free memory, or raise the limit of open files",
             ) from None
 
     def verified_order(self, kept: Kept) -> np.ndarray:
@@ -134,8 +134,10 @@ class ChunkReader:
             if blobs is None and where.name in kept.tiers:
                 # In RAM before the store was closed; read the file once more.
                 with self._catalog.claim(key):
-                    blobs = self._load(self._catalog.find(key))
+                    if where.name in self._catalog.find(key).tiers:
+                        blobs = self._load(kept)
             if blobs is None:
+                self._catalog.find(key)  # evicted meanwhile: says so
                 raise StoreError(
                     f"a chunk must be in RAM to be read from tier '{where.name}'",
                     values=f"{key} in {', '.join(sorted(kept.tiers))}",

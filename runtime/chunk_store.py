@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.chunk_index import ChunkEntry, ChunkIndex, chunk_key
-from ..core.errors import StoreError
+from ..core.errors import CapacityError, StoreError
 from ..core.layout import ALIGN_BYTES, chunk_bytes
 from ..core.model_spec import ModelSpec
 from .catalog import Catalog, Kept
@@ -210,8 +211,8 @@ class ChunkStore:
     def index(self, order_name: str, tenant: str = "", tier: str | None = None) -> ChunkIndex:
         """The tenant's chunks stored in that order, least recently used first, for a policy.
 
-        With `tier`, every one of them is placed there first (`place`); those that its capacity
-        then evicts are left out.
+        With `tier`, every one of them is placed there first (`place`); those that do not fit
+        into its capacity are left out.
         """
         owner = _tenant_id(tenant)
 
@@ -226,7 +227,10 @@ class ChunkStore:
 
         if tier is not None:
             for kept in listed():
-                self.place(kept.entry.key, tier)
+                # Making room for one may have removed another.
+                if kept.entry.key in self._catalog.kept:
+                    with suppress(CapacityError):
+                        self.place(kept.entry.key, tier)
         index = ChunkIndex()
         for kept in listed():
             if tier is None or tier in kept.tiers:
@@ -297,6 +301,10 @@ class ChunkStore:
             )
         self._catalog.touch(kept)
         return self._reader.read(kept, where, layer_start, tuple(n_rows_by_layer), request_bytes)
+
+    def is_unbuffered(self, tier: str) -> bool | None:
+        """Whether reads of a file tier bypass the page cache; None for DRAM."""
+        return self._tier(tier).unbuffered
 
     def close(self) -> None:
         """Let the folder go. Rows already read stay valid."""

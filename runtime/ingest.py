@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..core import selectors
-from ..core.chunk_index import ChunkEntry, chain_id, content_id_of
+from ..core.chunk_index import ChunkEntry, chain_id, chunk_key, content_id_of
+from ..core.errors import StoreError, WorkloadError
 from ..core.plan import SelectorName
 from ..core.rng import rng
 from .chunk_store import ChunkStore
@@ -55,8 +56,16 @@ class Ingestor:
         neighbours: Sequence[Sequence[int]] = (),
         tenant: str = "",
     ) -> ChunkEntry:
-        """Encode a chunk alone, rank its tokens and store it; a chunk already kept is left."""
+        """Encode a chunk alone, rank its tokens and store it; a chunk already kept is left.
+
+        Raises:
+            StoreError, CapacityError: it cannot be written or is larger than the tier.
+            WorkloadError: the selector compares more neighbours than there are.
+        """
         content_id = content_id_of(token_ids)
+        there = self.kept(content_id, selector, tenant)
+        if there is not None:
+            return there
         started = time.perf_counter()
         ids = torch.tensor(list(token_ids))
         k, v = self.transformer.encode(ids)
@@ -67,8 +76,25 @@ class Ingestor:
             content_id, k, v, order, order_name=selector, tier=tier, tenant=tenant
         )
         written = time.perf_counter()
-        self._note(content_id, len(token_ids), encoded - started, scored - encoded, written - scored)
+        self._note(
+            content_id, len(token_ids), encoded - started, scored - encoded, written - scored
+        )
         return entry
+
+    def kept(self, content_id: str, selector: str, tenant: str = "") -> ChunkEntry | None:
+        """The entry of a chunk that was encoded alone, None if the store has none."""
+        loaded = self.transformer.loaded
+        key = chunk_key(
+            content_id,
+            model=loaded.fingerprint,
+            order=selector,
+            dtype=loaded.spec.dtype,
+            tenant=tenant,
+        )
+        try:
+            return self.store.entry(key)
+        except StoreError:
+            return None
 
     @torch.inference_mode()
     def ingest_prefix(
@@ -135,7 +161,11 @@ class Ingestor:
         others = [n for n in neighbours if content_id_of(n) != content_id]
         count = min(selectors.SPREAD_NEIGHBOURS, len(others))
         if count < 2:
-            raise ValueError(f"spread_high_pass needs two other chunks, got {len(others)}")
+            raise WorkloadError(
+                "the selector spread_high_pass compares a chunk behind two other chunks or more",
+                values=f"{len(others)} others",
+                remedy="ingest more chunks at once, or choose another selector",
+            )
         pick = rng(self.seed, "neighbours", content_id).permutation(len(others))[:count]
         out = []
         for i in pick:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from ..core.chunk_index import content_id_of
-from ..core.errors import WorkloadError
-from ..core.metrics import request_metrics
+from ..core.errors import CacheTuneError, WorkloadError
+from ..core.metrics import per_request
 from ..core.plan import ReusePlan, TunedPlan
 from ..core.policies import order_of
 from ..core.workload import Content, Request, Workload
@@ -21,6 +22,8 @@ from .machine import device_here
 from .rope_gate import check_rope
 from .runner import Runner, RunResult
 from .tiers import TierConfig
+
+log = logging.getLogger(__name__)
 
 Text = str | Sequence[int]
 
@@ -87,14 +90,24 @@ class LLM:
         assert folder is not None
         default = (TierConfig("dram", "dram"), TierConfig("file", "file"))
         self.runner = Runner(loaded, folder, tiers or default, compute_threads=compute_threads)
-        check_rope(self.runner.transformer)
+        try:
+            check_rope(self.runner.transformer)
+        except BaseException:
+            self.close()
+            raise
         self.tier = tier
         self.tokenizer = tokenizer
         self.ingest_when = ingest
 
     def ingest(self, chunks: Sequence[Text]) -> list[str]:
-        """Store chunks ahead of time; returns their content ids."""
+        """Store chunks ahead of time; returns their content ids.
+
+        Raises:
+            StoreError, CapacityError: no space, no permission, larger than the tier.
+        """
         texts = [self._ids(chunk) for chunk in chunks]
+        for number, ids in enumerate(texts):
+            self._check_part(ids, f"chunk {number}")
         order = order_of(self.plan)
         return [
             self.runner.ingestor.ingest(
@@ -107,7 +120,8 @@ class LLM:
         """Answer prompts, batched as they fit; greedy.
 
         Raises:
-            WorkloadError: no prompts, or one longer than the model's context.
+            WorkloadError: no prompts, or one that is empty, longer than the model's context or
+                not of its vocabulary.
         """
         workload = self._workload(prompts)
         stop = None if ignore_eos else self._stop_token()
@@ -155,17 +169,32 @@ class LLM:
         encoded = self.tokenizer.encode(text)
         return list(getattr(encoded, "ids", encoded))
 
+    def _check_part(self, ids: Sequence[int], what: str) -> None:
+        n_vocab = self.runner.spec.vocab_size
+        if not ids or min(ids) < 0 or max(ids) >= n_vocab:
+            raise WorkloadError(
+                f"{what} must hold at least one token, all ids in 0..{n_vocab - 1}",
+                values=f"ids from {min(ids)} to {max(ids)}" if ids else "no tokens",
+                remedy="leave empty parts out, and use this model's tokenizer",
+            )
+
     def _workload(self, prompts: Sequence[Prompt]) -> Workload:
         contents: dict[str, Content] = {}
         requests = []
         for number, prompt in enumerate(prompts):
+            if prompt.max_tokens < 1:
+                raise WorkloadError(
+                    "max_tokens must be at least 1", values=f"{prompt.max_tokens} (prompt {number})"
+                )
             names = []
             for chunk in prompt.chunks:
                 ids = tuple(self._ids(chunk))
+                self._check_part(ids, f"each chunk of prompt {number}")
                 name = content_id_of(ids)
                 contents.setdefault(name, Content(n_tokens=len(ids), token_ids=ids))
                 names.append(name)
             suffix = tuple(self._ids(prompt.suffix))
+            self._check_part(suffix, f"the suffix of prompt {number}")
             requests.append(
                 Request(
                     request_id=number,
@@ -181,16 +210,23 @@ class LLM:
             raise WorkloadError("generate needs at least one prompt", values="0")
         return Workload(name="generate", contents=contents, requests=tuple(requests))
 
-    def _stop_token(self) -> int | None:
-        eos = getattr(self.runner.loaded.hf.generation_config, "eos_token_id", None)
-        return eos if isinstance(eos, int) else None
+    def _stop_token(self) -> int | Sequence[int] | None:
+        eos: int | Sequence[int] | None = getattr(
+            self.runner.loaded.hf.generation_config, "eos_token_id", None
+        )
+        return eos
 
     def _ingest_missed(self, workload: Workload) -> None:
-        if self.plan.policy != "full_recompute":
+        """Keep new chunks for the next prompts; trouble must not lose the answers."""
+        if self.plan.policy == "full_recompute":
+            return
+        try:
             self.runner.prepare(workload, self.plan, self.tier, only_missing=True)
+        except CacheTuneError as e:
+            log.warning("chunks of these prompts were not kept: %s", e)
 
     def _completions(self, workload: Workload, result: RunResult) -> list[Completion]:
-        metrics = request_metrics(result.timeline, workload)
+        metrics = {m.request.request_id: m for m in per_request(result.timeline, workload)}
         out = []
         for request in workload.requests:
             ids = result.token_ids[request.request_id]

@@ -41,7 +41,9 @@ class LoadedModel:
         return list(self.hf.model.layers)
 
 
-def load_model(source: str | Path | nn.Module, dtype: str = "float32", seed: int = 0) -> LoadedModel:
+def load_model(
+    source: str | Path | nn.Module, dtype: str = "float32", seed: int = 0
+) -> LoadedModel:
     """A model from a Hugging Face folder, a shape's name (random weights) or a module.
 
     Args:

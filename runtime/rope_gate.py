@@ -54,4 +54,3 @@ def check_rope(transformer: Transformer) -> float:
             remedy="this model's RoPE is not supported; serve it with policy full_recompute",
         )
     return worst
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +11,10 @@ import torch
 from ..core.block_pool import BlockPool
 from ..core.chunk_index import ChunkIndex
 from ..core.decision import ReuseDecision
-from ..core.engine import Engine, schedule_of
+from ..core.engine import Engine, batch_schedule_of
 from ..core.errors import WorkloadError
 from ..core.executor import execute, serve
-from ..core.ops import Op, Schedule
+from ..core.ops import COMPUTE, RESTORE, Schedule, io_stream
 from ..core.plan import ReusePlan
 from ..core.policies import order_of
 from ..core.timeline import Timeline
@@ -28,6 +28,9 @@ from .loaded_model import LoadedModel
 from .session import Session
 from .tiers import TierConfig
 from .transformer import Transformer
+
+Decisions = Mapping[int, ReuseDecision]
+"""By request id."""
 
 
 @dataclass
@@ -84,10 +87,9 @@ class Runner:
         With `only_missing`, chunks that are kept stay in the tier they are in.
         """
         order = order_of(plan)
-        held = self.store.index(order)
         texts = [c.token_ids for c in workload.contents.values() if c.token_ids is not None]
         for content_id, content in workload.contents.items():
-            entry = held.lookup([content_id])[0]
+            entry = self.ingestor.kept(content_id, order)
             if entry is None:
                 if content.token_ids is None:
                     raise WorkloadError(
@@ -108,10 +110,16 @@ class Runner:
 
     def schedule(
         self, workload: Workload, request: Request, plan: ReusePlan, index: ChunkIndex
-    ) -> tuple[ReuseDecision, Schedule]:
+    ) -> tuple[Decisions, Schedule]:
         """The fixed DAG of one request."""
-        decision, ops = schedule_of(workload, request, self.spec, plan, index)
-        return decision, Schedule.of(ops, label=f"{plan.policy}/{request.request_id}")
+        return self.batch_schedule(workload.replace(requests=(request,)), plan, index)
+
+    def batch_schedule(
+        self, workload: Workload, plan: ReusePlan, index: ChunkIndex, n_decode: int = 0
+    ) -> tuple[Decisions, Schedule]:
+        """The fixed DAG of all requests at once, then `n_decode` steps of the batch."""
+        decisions, ops = batch_schedule_of(workload, self.spec, plan, index, n_decode)
+        return decisions, Schedule.of(ops, label=f"{plan.policy}/{workload.name}")
 
     def execute(
         self,
@@ -123,27 +131,35 @@ class Runner:
         keep_suffix_logits: bool = False,
     ) -> RunResult:
         """Run one request's fixed DAG (prompt and first token)."""
-        decision, schedule = self.schedule(workload, request, plan, index)
+        decisions, schedule = self.schedule(workload, request, plan, index)
         return self.execute_schedule(
-            workload, request, plan, decision, schedule, keep_suffix_logits=keep_suffix_logits
+            workload, plan, decisions, schedule, keep_suffix_logits=keep_suffix_logits
         )
 
     def execute_schedule(
         self,
         workload: Workload,
-        request: Request,
         plan: ReusePlan,
-        decision: ReuseDecision,
+        decisions: Decisions,
         schedule: Schedule,
         *,
         keep_suffix_logits: bool = False,
     ) -> RunResult:
-        """Run a given DAG, whole or a part of one (loads alone, compute alone)."""
+        """Run a given DAG, whole or a part of one (loads alone, compute alone).
+
+        Raises:
+            StoreError: a chunk that the DAG loads cannot be read.
+        """
+        requests = {r.request_id: r for r in workload.requests}
         result = RunResult(Timeline((), 0, ()))
 
         def source(request_id: int, attempt: int) -> Session:
             return self._session(
-                workload, request, attempt, decision, keep_suffix_logits=keep_suffix_logits
+                workload,
+                requests[request_id],
+                attempt,
+                decisions[request_id],
+                keep_suffix_logits=keep_suffix_logits,
             )
 
         handlers = self._handlers(plan)
@@ -152,7 +168,10 @@ class Runner:
             result.timeline = execute(schedule, executor)
             for session in executor.open_sessions():
                 self._collect(result, session)
-        result.n_read_failures = handlers.n_read_failures
+        self._drop_corrupt(handlers)
+        if handlers.unreadable:
+            # A fixed DAG cannot fall back, so its times would be those of ops that did nothing.
+            raise handlers.unreadable[0]
         return result
 
     def serve(
@@ -161,26 +180,56 @@ class Runner:
         plan: ReusePlan,
         index: ChunkIndex,
         *,
-        stop_token: int | None = None,
+        stop_token: int | Sequence[int] | None = None,
     ) -> RunResult:
-        """Serve a workload in the closed loop of the engine."""
+        """Serve a workload in the closed loop of the engine.
+
+        A chunk that cannot be read is computed instead; one that is corrupt leaves the store.
+
+        Raises:
+            WorkloadError: a request does not fit the model's context, or lacks token ids.
+            CapacityError: a request is larger than the KV capacity.
+        """
         workload.check_fits(self.spec)
+        stop_tokens = frozenset([stop_token] if isinstance(stop_token, int) else stop_token or ())
         blocks = BlockPool(self.kv_capacity_tokens // 16)
         engine = Engine(workload, self.spec, plan, index, blocks)
         requests = {r.request_id: r for r in workload.requests}
         result = RunResult(Timeline((), 0, ()))
+        latest: dict[int, Session] = {}
 
         def source(request_id: int, attempt: int) -> Session:
             decision = engine.decision_of(request_id)
-            request = requests[request_id]
-            return self._session(workload, request, attempt, decision, stop_token=stop_token)
+            if attempt:  # every op of the attempt before has ended: the engine waits for that
+                self._pool.give_back(latest[request_id].buffer)
+            session = self._session(
+                workload, requests[request_id], attempt, decision, stop_tokens=stop_tokens
+            )
+            latest[request_id] = session
+            return session
+
+        def collect(session: Session) -> None:
+            del latest[session.request_id]
+            self._collect(result, session)
 
         handlers = self._handlers(plan)
-        with CpuExecutor(handlers, source, lambda s: self._collect(result, s)) as executor:
+        with CpuExecutor(handlers, source, collect) as executor:
+            executor.warm(self._streams(plan))
             result.timeline = serve(workload, engine, executor)
+        self._drop_corrupt(handlers)
         result.n_fallbacks = engine.n_fallbacks
         result.n_read_failures = handlers.n_read_failures
         return result
+
+    def _streams(self, plan: ReusePlan) -> list[str]:
+        """Streams that ops under `plan` may name."""
+        workers = range(plan.n_io_workers)
+        return [COMPUTE, RESTORE, *(io_stream(t, w) for t in self.store.tiers for w in workers)]
+
+    def _drop_corrupt(self, handlers: Handlers) -> None:
+        """Forget chunks whose bytes are bad, so that they can be ingested again."""
+        for key in handlers.corrupt_keys:
+            self.store.discard(key)
 
     def _handlers(self, plan: ReusePlan) -> Handlers:
         return Handlers(self.transformer, self.store, plan.request_bytes)
@@ -203,7 +252,7 @@ class Runner:
         attempt: int,
         decision: ReuseDecision,
         *,
-        stop_token: int | None = None,
+        stop_tokens: frozenset[int] = frozenset(),
         keep_suffix_logits: bool = False,
     ) -> Session:
         ids = [workload.contents[c].token_ids for c in request.chunks]
@@ -215,20 +264,15 @@ class Runner:
             )
         flat = [t for chunk in ids if chunk is not None for t in chunk]
         token_ids = torch.tensor([*flat, *request.suffix_ids])
-        orders = {
-            i: self.store.order(fate.key)
-            for i, fate in enumerate(decision.chunks)
-            if fate.is_loaded
-        }
         return Session(
             request.request_id,
             attempt,
             token_ids,
             decision,
-            orders,
+            self.store.order,
             self._pool.take(len(token_ids) + request.max_output_tokens),
             request.output_tokens,
             self.spec.n_layers,
-            stop_token=stop_token,
+            stop_tokens=stop_tokens,
             keep_suffix_logits=keep_suffix_logits,
         )

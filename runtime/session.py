@@ -90,7 +90,8 @@ class Session:
         key = (op.piece, band)
         if key not in self._rows:
             parts = [self._part(s.part, band)[s.start : s.stop] for s in op.segments]
-            self._rows[key] = torch.cat(parts)
+            # A piece may have no rows left in a deeper band.
+            self._rows[key] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
         rows = self._rows[key]
         if rows.numel() != op.n_tokens:
             raise InvariantViolation(
@@ -100,7 +101,7 @@ class Session:
         return rows
 
     def enter(self, op: Op, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Hidden states `[1, n, hidden]` and positions for a prefill op; rows that left are dropped."""
+        """Hidden states `[1, n, hidden]` and positions for a prefill op, without rows that left."""
         positions = self.positions(op)
         if op.layer_start == 0:
             return embed(self.token_ids[positions]), positions

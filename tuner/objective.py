@@ -144,8 +144,11 @@ class Objective:
         longest = max((c.n_tokens for c in workload.contents.values()), default=1)
         self.rule = QualityRule(quality, quality_floor, ratio_min, longest)
         self.n_simulated = 0
-        self._requests = sample_requests(workload, max_requests)
         self._index = filled_index(workload, profile, self.tiers)
+        self._parts = [
+            (cut(workload, request), count)
+            for request, count in sample_requests(workload, self._index, max_requests)
+        ]
         self._ttft_ms: dict[object, tuple[float, ...]] = {}
 
     def bounds(self) -> Bounds:
@@ -174,21 +177,20 @@ class Objective:
         """What a plan does: its ops and its stored order. Plans that share it are the same."""
         if self.mode == "serve":
             return plan.fingerprint(), ""
-        return tuple(self._ops(plan, r) for r, _ in self._requests), order_of(plan)
+        return tuple(self._ops(plan, part) for part, _ in self._parts), order_of(plan)
 
-    def _ops(self, plan: ReusePlan, request: Request) -> tuple[Op, ...]:
-        return tuple(
-            schedule_of(self.workload, request, self.profile.model, plan, self._index)[1]
-        )
+    def _ops(self, plan: ReusePlan, part: Workload) -> tuple[Op, ...]:
+        request = part.requests[0]
+        return tuple(schedule_of(part, request, self.profile.model, plan, self._index)[1])
 
     def _dag_ms(self, plan: ReusePlan) -> list[float]:
         times: list[float] = []
-        for request, count in self._requests:
-            ops = self._ops(plan, request)
+        for part, count in self._parts:
+            ops = self._ops(plan, part)
             if ops not in self._ttft_ms:
                 self.n_simulated += 1
                 self._ttft_ms[ops] = tuple(
-                    self._run_ms(ops, seed, request.request_id) for seed in self.seeds
+                    self._run_ms(ops, seed, part.requests[0].request_id) for seed in self.seeds
                 )
             times += self._ttft_ms[ops] * count
         return times
@@ -230,17 +232,24 @@ def filled_index(workload: Workload, profile: HardwareProfile, tiers: Sequence[s
     return index
 
 
-def sample_requests(workload: Workload, n: int) -> list[tuple[Request, int]]:
-    """At most `n` requests with a count each: equal shapes once, the rest evenly by length."""
+def sample_requests(workload: Workload, index: ChunkIndex, n: int) -> list[tuple[Request, int]]:
+    """At most `n` requests, evenly by length; those of equal shape once, with their count."""
     ordered = sorted(workload.requests, key=workload.prompt_tokens)
     picked: Iterable[Request] = ordered
     if len(ordered) > n:
         picked = [ordered[(2 * i + 1) * len(ordered) // (2 * n)] for i in range(n)]
     shapes: dict[tuple[object, ...], list[Request]] = {}
     for request in picked:
-        shape = (workload.chunk_tokens(request), request.chunks, request.suffix_tokens)
+        places = tuple(e and e.tier for e in index.lookup(request.chunks, request.tenant))
+        shape = (workload.chunk_tokens(request), places, request.suffix_tokens)
         shapes.setdefault(shape, []).append(request)
     return [(found[0], len(found)) for found in shapes.values()]
+
+
+def cut(workload: Workload, request: Request) -> Workload:
+    """The workload with one request and its contents alone: cheap to lower again and again."""
+    contents = {c: workload.contents[c] for c in request.chunks}
+    return workload.replace(contents=contents, requests=(request,))
 
 
 def _check(quality_floor: float, ratio_min: float, seeds: Sequence[int]) -> None:

@@ -20,6 +20,7 @@ Mode = Literal["dag", "serve"]
 Params = dict[str, Any]
 RATIO_DIGITS = 2
 """Ratios are rounded to this: a finer step moves less than one row group of a usual chunk."""
+FLOAT_STEPS = (-0.1, -0.03, -0.01, 0.01, 0.03, 0.1)
 
 POLICIES = ("cachetune", "full_recompute", "prefix_cache", "cacheblend", "epic", "full_reuse")
 
@@ -63,11 +64,11 @@ KNOBS: tuple[Knob, ...] = (
          low=1, high=64, log=True, bound="n_layers"),
     Knob("look_ahead", "int", "staging memory against stalls of the compute stream",
          low=1, high=8, bound="n_layers"),
-    Knob("load_order", "choice", "by layer starts compute early, by chunk makes fewer, longer reads",
+    Knob("load_order", "choice", "by layer starts compute early, by chunk reads longer runs",
          ("layer", "chunk")),
-    Knob("restore_stream", "choice", "its own stream overlaps, the compute stream saves hand-overs",
+    Knob("restore_stream", "choice", "its own stream overlaps, compute saves hand-overs",
          ("restore", "compute")),
-    Knob("n_io_workers", "choice", "one worker may not fill the link; each costs a core", (1, 2, 4)),
+    Knob("n_io_workers", "choice", "one may not fill the link; each costs a core", (1, 2, 4)),
     Knob("request_bytes", "choice", "latency per read against waiting for the first bytes",
          (64 * KIB, 256 * KIB, MIB, 4 * MIB)),
     Knob("prefill_chunk_tokens", "choice", "long pieces stall others' decode steps",
@@ -168,7 +169,7 @@ def neighbours(params: Params, bounds: Bounds) -> Iterator[Params]:
         elif knob.kind == "int":
             steps = (value - 1, value + 1, value // 2, value * 2)
         else:
-            steps = (knob.low, knob.high, *(value + d for d in (-0.1, -0.03, -0.01, 0.01, 0.03, 0.1)))
+            steps = (knob.low, knob.high, *(value + by for by in FLOAT_STEPS))
         for step in steps:
             inside = knob.kind == "choice" or knob.low <= step <= knob.high
             if step != value and inside:

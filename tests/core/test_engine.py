@@ -119,12 +119,17 @@ def test_a_failed_chunk_is_computed_in_the_second_attempt():
     assert [e is None for e in engine.index.lookup(("a", "b", "c"))] == [False, True, False]
 
 
-def test_a_restart_goes_before_waiting_requests():
-    workload = make_workload([("a", "b"), ("c", "d"), ("e", "f")], gap_ns=0)
-    engine = engine_for(workload)
-    timeline = run(engine, {0: Outcome(failed_chunks=(0, 1))})
-    heads = [s.op.request_ids[0] for s in timeline.spans if s.op.kind == "head" and s.op.attempt]
-    assert engine.n_fallbacks == 1 and heads == [0]
+def test_a_restart_goes_before_the_pieces_of_later_requests():
+    """Request 1 has eleven pieces to compute; 0 comes back after the two that are queued."""
+    tokens = {"a": 64, "b": 64, "long": 640}
+    workload = make_workload([("a", "b"), ("long",)], chunk_tokens=tokens, gap_ns=0)
+    index = make_index(workload)
+    index.discard("long")
+    engine = engine_for(workload, PLAN.replace(prefill_chunk_tokens=64), index)
+    timeline = run(engine, {0: Outcome(failed_chunks=(1,))})
+    heads = [(s.op.request_ids[0], s.op.attempt) for s in timeline.spans if s.op.kind == "head"]
+    assert heads == [(0, 0), (0, 1), (1, 0)]
+    assert engine.n_fallbacks == 1
 
 
 def test_a_chunk_that_fails_twice_restarts_twice():

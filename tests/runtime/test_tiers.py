@@ -91,6 +91,25 @@ def test_an_index_of_one_tier_places_all_there(tmp_path: Path) -> None:
     only_files.close()
 
 
+def test_an_index_of_a_small_tier_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    size = chunk_bytes(cases.make_model(), N)
+    tiers = (TierConfig("disk", "file"), TierConfig("dram", "dram", capacity_bytes=2 * size))
+    store = cases.open_store(tmp_path, tiers=tiers)
+    chunk = cases.make_chunk(store.model, N)
+    lost = cases.put(store, "a", chunk, "dram")
+    for c in "bcd":
+        cases.put(store, c, chunk)
+    cases.put(store, "big", cases.make_chunk(store.model, 3 * N))
+    index = store.index("rank", tier="dram")
+    assert [e is not None for e in index.lookup(["a", "b", "c", "d", "big"])] == [
+        False, False, True, True, False,
+    ]  # fmt: skip
+    with pytest.raises(StoreError, match="must be in the store"):
+        store.entry(lost)
+    assert len(store.index("rank")) == 4
+    store.close()
+
+
 def test_one_load_for_many_readers(tmp_path: Path) -> None:
     store = cases.open_store(tmp_path)
     chunk = cases.make_chunk(store.model, N)
@@ -242,8 +261,10 @@ def test_a_limited_tier_has_its_rate(tmp_path: Path, medium: str, n_workers: int
         for _ in range(6 // n_workers):
             store.read(key, 0, 3, [2000] * 3, cases.REQUEST)
 
+    # Going too fast is always an error; too slow may be others' work on a busy machine.
+    slack = 0.01 if os.getloadavg()[0] < (os.cpu_count() or 1) else 0.10
     errors = []
-    for _ in range(5):  # the machine may be busy; the limit itself may never be exceeded
+    for _ in range(5):
         before = (store.counters.requests, store.counters.bytes_read)
         start = time.perf_counter()
         in_threads(n_workers, work)
@@ -252,9 +273,9 @@ def test_a_limited_tier_has_its_rate(tmp_path: Path, medium: str, n_workers: int
         n_bytes = store.counters.bytes_read - before[1]
         errors.append(took / (n_bytes / rate + n_requests * latency) - 1)
         assert errors[-1] > -0.01
-        if errors[-1] < 0.01:
+        if errors[-1] < slack:
             break
-    assert min(errors) < 0.01
+    assert min(errors) < slack
     store.close()
 
 

@@ -124,8 +124,8 @@ def test_scaling_all_costs_and_gaps_scales_all_times(seed: int, factor: int):
     assert [m.ttft_ms for m in after] == pytest.approx([factor * m.ttft_ms for m in before])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_fuzz_keeps_the_invariants(seed: int):
+def fuzz(seed: int, outcomes: dict[int, Outcome]) -> Timeline:
+    """A random workload under a random plan, checked against every law there is."""
     draw = random.Random(seed)
     workload, plan = random_workload(draw), random_plan(draw)
     model = make_model(n_layers=draw.choice([1, 3, 4, 8]), sliding_window=draw.choice([None, 16]))
@@ -136,18 +136,28 @@ def test_fuzz_keeps_the_invariants(seed: int):
             before, content = request.chunks[:1], request.chunks[1]
             n_tokens = workload.contents[content].n_tokens
             index.add(make_entry(content, n_tokens, chain=before, model=model))
-    n_ops = draw.randrange(1, 200)
-    outcomes = {n_ops: Outcome(failed_chunks=(0,))} if draw.random() < 0.5 else {}
     engine = Engine(workload, model, plan, index, BlockPool(draw.randint(40, 120)))
-    replay = f"pytest tests/simulator/test_metamorphic.py -k 'fuzz and {seed}'"
+    sim = SimExecutor(profile, seed=seed, noise=draw.choice([0.0, 0.3]), outcomes=outcomes)
+    timeline = serve(workload, engine, sim)
+    check(timeline, workload, idle_ns=0)
+    index.check_integrity()
+    engine.blocks.check_integrity()
+    assert engine.blocks.n_free == engine.blocks.n_blocks
+    assert engine.n_fallbacks == len(outcomes)
+    assert littles_law(timeline, workload).error < 1e-9
+    assert 0 <= summary(timeline, workload)["reuse_ratio"] <= 1
+    return timeline
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fuzz_keeps_the_invariants(seed: int):
+    """Once as it is, once with a load that fails."""
     try:
-        sim = SimExecutor(profile, seed=seed, noise=draw.choice([0.0, 0.3]), outcomes=outcomes)
-        timeline = serve(workload, engine, sim)
-        check(timeline, workload, idle_ns=0)
-        index.check_integrity()
-        engine.blocks.check_integrity()
-        assert littles_law(timeline, workload).error < 1e-9
-        assert 0 <= summary(timeline, workload)["reuse_ratio"] <= 1
+        loads = [s.op for s in fuzz(seed, {}).spans if s.op.kind == "load"]
+        if loads:
+            load = random.Random(seed).choice(loads)
+            fuzz(seed, {load.op_id: Outcome(failed_chunks=load.chunks[:1])})
     except Exception as e:
-        e.add_note(f"replay: {replay}\nplan: {plan}")
+        name = f"test_fuzz_keeps_the_invariants[{seed}]"
+        e.add_note(f"replay: pytest 'tests/simulator/test_metamorphic.py::{name}'")
         raise

@@ -1,0 +1,203 @@
+"""A measured grid: a fixed list of plans, written down before any tuning, run for real.
+
+It is what the tuned plan is held against. The run is resumable: every measurement is one line of
+a JSONL file, flushed when it is made; a second run does what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import PlanError
+from ..core.plan import RatioRule, ReusePlan
+from ..core.record import write_atomic
+from ..core.workload import Workload
+from .measure import Bench, Measured, Progress, order_of_turn
+
+if TYPE_CHECKING:
+    from ..runtime.runner import Runner
+
+STRUCTURES: tuple[dict[str, Any], ...] = (
+    {"layer_group": 1},
+    {"layer_group": 2},
+    {"layer_group": 4},
+    {"layer_group": 1, "restore_stream": "compute"},
+    {"layer_group": 2, "restore_stream": "compute", "look_ahead": 1},
+    {"layer_group": 2, "look_ahead": 4, "n_io_workers": 2},
+    {"layer_group": 2, "load_order": "chunk"},
+    {"layer_group": 4, "load_order": "chunk", "n_io_workers": 2, "restore_stream": "compute"},
+)
+"""Stream schedules that every ratio of the grid is combined with."""
+
+RATIO_SHARES = (0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7, 0.9)
+"""Ratios as shares of the way from the smallest allowed one to 1."""
+
+
+def grid_plans(ratio_min: float = 0.15, n_layers: int = 4) -> list[ReusePlan]:
+    """At least 70 plans: ratios x structures, and the exact policies."""
+    plans = []
+    for share in RATIO_SHARES:
+        ratio = round(ratio_min + share * (1.0 - ratio_min), 3)
+        for knobs in STRUCTURES:
+            plans.append(_plan("cachetune", ratio, **knobs))
+    groups = sorted({1, 2, n_layers})
+    for layer_group in groups:
+        plans.append(_plan("full_recompute", 1.0, layer_group=layer_group))
+        plans.append(_plan("prefix_cache", 1.0, layer_group=layer_group))
+    plans.append(_plan("cacheblend", max(ratio_min, 0.15)))
+    return plans
+
+
+def write_list(
+    path: str | Path, plans: Sequence[ReusePlan], tier: str, workload: Workload, seed: int = 0
+) -> None:
+    """Write the fixed list; a list that is there already must be the same.
+
+    Raises:
+        PlanError: another list is there.
+    """
+    data = {
+        "tier": tier,
+        "workload_fingerprint": workload.fingerprint(),
+        "seed": seed,
+        "plans": [plan.model_dump(mode="json") for plan in plans],
+    }
+    path = Path(path)
+    if not path.exists():
+        write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+    elif json.loads(path.read_text(encoding="utf-8")) != data:
+        raise PlanError(
+            "a grid's list is fixed once it is written",
+            values=f"{path} holds another list",
+            remedy="use another path, or remove the file and its measurements",
+        )
+
+
+def read_list(path: str | Path) -> tuple[dict[str, Any], list[ReusePlan]]:
+    """(head, plans) of a list."""
+    head = json.loads(Path(path).read_text(encoding="utf-8"))
+    plans = [ReusePlan.model_validate_json(json.dumps(p)) for p in head.pop("plans")]
+    return head, plans
+
+
+def run_grid(
+    runner: Runner,
+    workload: Workload,
+    list_path: str | Path,
+    rows_path: str | Path,
+    *,
+    n_repeats: int = 5,
+    n_requests: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure what is missing of the list; returns the result, see `result`.
+
+    Raises:
+        PlanError: the list is of another workload.
+    """
+    head, plans = read_list(list_path)
+    if head["workload_fingerprint"] != workload.fingerprint():
+        raise PlanError(
+            "a grid is measured with the workload of its list",
+            values=f"list {head['workload_fingerprint']}, workload {workload.fingerprint()}",
+            remedy="pass that workload, or write another list",
+        )
+    done = read_rows(rows_path)
+    bench = Bench(runner, workload, head["tier"], n_requests)
+    missing = [
+        (turn, i)
+        for turn in range(n_repeats)
+        for i in order_of_turn(len(plans), turn, head["seed"])
+        if (i, turn) not in done
+    ]
+    warm: set[int] = set()
+    with open(rows_path, "a", encoding="utf-8") as file:
+        for n, (turn, i) in enumerate(missing, start=1):
+            if i not in warm:  # first touch ingests, faults pages in and fills caches
+                bench.once(plans[i])
+                warm.add(i)
+            done[i, turn] = bench.once(plans[i])
+            file.write(json.dumps({"plan": i, "turn": turn, "ttft_ms": done[i, turn]}) + "\n")
+            file.flush()
+            if progress is not None:
+                progress(n, len(missing))
+        os.fsync(file.fileno())
+    return result(head, plans, done)
+
+
+def read_rows(path: str | Path) -> dict[tuple[int, int], float]:
+    """TTFT in ms by (plan, turn). A line that an interruption cut off is taken out of the file."""
+    path = Path(path)
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) != len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {(row["plan"], row["turn"]): row["ttft_ms"] for row in rows}
+
+
+def result(
+    head: dict[str, Any], plans: Sequence[ReusePlan], done: dict[tuple[int, int], float]
+) -> dict[str, Any]:
+    """The grid as JSON: a row per plan, the fastest first, with raw values and provenance."""
+    from ..runtime.machine import provenance_here
+
+    rows = []
+    for i, plan in enumerate(plans):
+        times = [ms for (which, _), ms in sorted(done.items()) if which == i]
+        if times:
+            measured = Measured(tuple(times))
+            row = {"plan_number": i, "ttft_ms_median": measured.median, "spread": measured.spread}
+            rows.append({**row, "ttft_ms": times, "plan": plan.model_dump(mode="json")})
+    rows.sort(key=lambda row: (row["ttft_ms_median"], row["plan_number"]))
+    provenance = provenance_here(head["seed"], "cachetune bench grid").model_dump(mode="json")
+    return {**head, "n_plans": len(plans), "rows": rows, "provenance": provenance}
+
+
+def compare(
+    bench: Bench,
+    grid: dict[str, Any],
+    tuned: ReusePlan,
+    *,
+    n_best: int = 3,
+    n_repeats: int = 15,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure the tuned plan and the grid's best again, interleaved, and relate them.
+
+    `ratio` is the tuned median over the least median of the grid's plans in this run (which
+    favours the grid: it is a minimum). `ratio_low` and `ratio_high` are the quartiles of the
+    ratio turn by turn against that plan.
+    """
+    best = [ReusePlan.model_validate_json(json.dumps(r["plan"])) for r in grid["rows"][:n_best]]
+    measured = bench.interleaved([tuned, *best], n_repeats, seed=seed)
+    mine, others = measured[0], measured[1:]
+    fastest = min(range(len(others)), key=lambda i: others[i].median)
+    pairs = zip(mine.ttft_ms, others[fastest].ttft_ms, strict=True)
+    by_turn = sorted(a / b for a, b in pairs)
+    n = len(by_turn)
+    return {
+        "ratio": mine.median / others[fastest].median,
+        "ratio_low": by_turn[n // 4],
+        "ratio_median": median(by_turn),
+        "ratio_high": by_turn[(3 * n - 1) // 4],
+        "tuned_ttft_ms": list(mine.ttft_ms),
+        "tuned_spread": mine.spread,
+        "grid_ttft_ms": [list(m.ttft_ms) for m in others],
+        "grid_plan_numbers": [r["plan_number"] for r in grid["rows"][:n_best]],
+        "fastest_plan_number": grid["rows"][fastest]["plan_number"],
+    }
+
+
+def _plan(policy: str, ratio: float, **knobs: Any) -> ReusePlan:
+    load_exact = policy != "full_recompute"
+    rules = (RatioRule(ratios=(ratio,), load_exact=load_exact),)
+    return ReusePlan.model_validate({"policy": policy, "rules": rules, **knobs})
