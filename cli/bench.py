@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-BENCHES = ("quality", "ttft", "grid")
+BENCHES = ("quality", "ttft", "grid", "serve")
 """In the order of `--help`; those whose module is there are offered."""
 
 command = typer.Typer(help="Measure quality, TTFT and tuned plans; results go to files.")

@@ -48,10 +48,12 @@ def command(
     from ..calibration.quality_log import QualityLog
     from ..calibration.quality_table import make_table, profile_of
     from ..calibration.toy_model import TOY_FOLDER
+    from ..core.record import check_writable
     from ..runtime.loaded_model import load_model
     from ..runtime.machine import provenance_here
     from .console import note, print_json_line, progress_bar
 
+    check_writable(out)
     loaded = load_model(model or TOY_FOLDER)
     records, library, source = _questions(loaded, tasks, contexts, seed)
     identity = {

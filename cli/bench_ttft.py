@@ -38,12 +38,13 @@ def command(
     from ..calibration.calibrate import Settings, recompute_s_per_token, rho_tier, tier_configs
     from ..calibration.probes import Library, Shape
     from ..calibration.ttft import overlaps, speedups
-    from ..core.record import write_atomic
+    from ..core.record import check_writable, write_atomic
     from ..runtime.loaded_model import load_model
     from ..runtime.machine import provenance_here
     from ..runtime.runner import Runner
     from .console import note, print_json_line, progress_bar
 
+    check_writable(out)
     loaded = load_model(model)
     shape = Shape(chunks, chunk_tokens, 32)
     knobs = {"layer_group": layer_group, "prefill_chunk_tokens": 1 << 20}

@@ -44,9 +44,13 @@ def command(
     """Measure this machine: probe schedules on the real runtime become a profile."""
     from ..calibration.calibrate import Settings, calibrate
     from ..core.hardware import HardwareProfile
+    from ..core.record import check_writable
     from ..runtime.loaded_model import load_model
     from .console import note, print_json_line, progress_bar
 
+    check_writable(out if profile is None else None)
+    if check:
+        check_writable(check_out / "predicted.json")
     loaded = load_model(model, dtype)
     if profile is not None:
         machine = HardwareProfile.read(profile)

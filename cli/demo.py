@@ -61,12 +61,14 @@ def command(
     from ..calibration.calibrate import Settings, calibrate, open_runner
     from ..calibration.compare import single_requests
     from ..calibration.toy_model import shipped_quality
+    from ..core.record import check_writable
     from ..runtime.loaded_model import load_model
     from .console import note, progress_bar
     from .demo_output import finish
     from .demo_toy import toy_rows
 
     started = time.monotonic()
+    check_writable(out / "report.html")
     loaded = load_model(model)
     workload = _workload(passages, passage_tokens, seed)
     workload.check_fits(loaded.spec)

@@ -40,15 +40,20 @@ def command(
     """Serve a workload for real: TTFT, throughput and bytes moved."""
     from ..core.hardware import HardwareProfile
     from ..core.plan import TunedPlan
+    from ..core.record import check_writable
     from ..core.trace import write_chrome
     from ..core.workload import Workload
     from ..runtime.loaded_model import load_model
     from .console import note, warn
     from .tune import sample_workload
 
+    check_writable(trace)
     machine = HardwareProfile.read(profile)
     tuned = TunedPlan.read(plan)
-    work = Workload.read(workload) if workload is not None else sample_workload(machine, seed)
+    if workload is not None:
+        work = Workload.read(workload).by_content()
+    else:
+        work = sample_workload(machine, seed)
     where = tier or _tier_of(tuned, machine)
     machine.tier(where)
     loaded = load_model(model, machine.model.dtype)
@@ -65,7 +70,7 @@ def command(
 def check_here(
     tuned: TunedPlan, machine: HardwareProfile, loaded: LoadedModel, *, allow_mismatch: bool
 ) -> None:
-    """Refuse a plan, or a profile, of another machine or model.
+    """Refuse a plan, or a profile, of another machine or model; warn if it is allowed.
 
     Raises:
         PlanError: the plan's fingerprints differ from this machine's or model's.
@@ -73,15 +78,21 @@ def check_here(
     """
     from ..core.errors import ProfileError
     from ..runtime.machine import device_here
+    from .console import warn
 
     here = device_here(machine.device.compute_threads).fingerprint()
-    tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
-    if machine.hardware_fingerprint != here and not allow_mismatch:
-        raise ProfileError(
-            "the profile must be of this machine",
-            values=f"the profile's machine is {machine.hardware_fingerprint}, this one is {here}",
-            remedy="calibrate here, or pass --allow-mismatch",
-        )
+    differs = tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
+    if differs:
+        warn(differs)
+    if machine.hardware_fingerprint != here:
+        values = f"the profile's machine is {machine.hardware_fingerprint}, this one is {here}"
+        if not allow_mismatch:
+            raise ProfileError(
+                "the profile must be of this machine",
+                values=values,
+                remedy="calibrate here, or pass --allow-mismatch",
+            )
+        warn(values)
 
 
 def serve(
@@ -97,7 +108,7 @@ def serve(
     from ..core import invariants, metrics
     from ..runtime.rope_gate import check_rope
 
-    work.check_fits(loaded.spec)
+    work.check_runnable(loaded.spec)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
         open_runner(machine, loaded, str(store or folder)) as runner,

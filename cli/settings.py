@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ..core.errors import PlanError
 from ..core.plan import ReusePlan
+from ..core.record import first_problem
 
 
 def apply_settings(plan: ReusePlan, settings: Sequence[str]) -> ReusePlan:
@@ -36,14 +37,8 @@ def apply_settings(plan: ReusePlan, settings: Sequence[str]) -> ReusePlan:
     try:
         return ReusePlan.model_validate_json(json.dumps(data))
     except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        prefix = f"--set {where}".rstrip()
-        if first["type"] == "value_error":  # the plan's own rules name their values and remedy
-            raise PlanError(f"{prefix}: {first['msg'].removeprefix('Value error, ')}") from None
-        raise PlanError(
-            f"{prefix}: {first['msg']}", values=repr(first["input"]), remedy="correct the value"
-        ) from None
+        text, got = first_problem(e)
+        raise PlanError(f"--set {text}", values=got, remedy="correct the value") from None
 
 
 def _value(text: str) -> Any:

@@ -53,14 +53,16 @@ def command(
 ) -> None:
     """Predict TTFT, throughput and bytes moved, in seconds and without a GPU."""
     from ..core.hardware import HardwareProfile
+    from ..core.record import check_writable
     from ..core.trace import write_chrome
     from ..core.workload import Workload
     from .console import note
 
+    check_writable(trace)
     machine = HardwareProfile.read(profile)
     reuse = _plan(plan, machine, set_ or [], allow_mismatch)
     if workload is not None:
-        work = Workload.read(workload)
+        work = Workload.read(workload).by_content()
     else:
         work = generate(machine, requests, chunks, chunk_tokens, output_tokens, rate, seed)
     result, timeline = simulate(work, machine, reuse, tier, seed, noise)
@@ -177,14 +179,15 @@ def _plan(
     path: Path | None, machine: HardwareProfile, settings: list[str], allow_mismatch: bool
 ) -> ReusePlan:
     from ..core.plan import ReusePlan, TunedPlan
+    from .console import warn
     from .settings import apply_settings
 
     plan = ReusePlan()
     if path is not None:
         tuned = TunedPlan.read(path)
-        tuned.check_fits(
-            machine.hardware_fingerprint, machine.model_fingerprint, allow_mismatch=allow_mismatch
-        )
+        here = machine.hardware_fingerprint, machine.model_fingerprint
+        if differs := tuned.check_fits(*here, allow_mismatch=allow_mismatch):
+            warn(differs)
         plan = tuned.plan
     return apply_settings(plan, settings)
 

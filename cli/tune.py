@@ -52,12 +52,19 @@ def command(
     """Find the fastest plan that keeps the quality floor, on the simulated machine."""
     from ..core.hardware import HardwareProfile
     from ..core.quality import QualityProfile
+    from ..core.record import check_writable
     from ..core.workload import Workload
     from ..tuner.search import tune
     from .console import note, warn
 
+    check_writable(out)
     machine = HardwareProfile.read(profile)
-    work = Workload.read(workload) if workload is not None else sample_workload(machine, seed)
+    if workload is not None:
+        work = Workload.read(workload).by_content()
+    else:
+        work = sample_workload(machine, seed)
+    if confirm:
+        work.check_runnable(machine.model)
     measured = QualityProfile.read(quality) if quality is not None else None
     tiers = [name.strip() for name in tier.split(",")]
     for name in tiers:

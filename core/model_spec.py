@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from .errors import ModelError
-from .record import Record
+from .record import Record, first_problem
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -88,8 +88,25 @@ def spec_from_hf_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:
     """A `ModelSpec` from the mapping of a Hugging Face `config.json`.
 
     Raises:
-        ModelError: a family or RoPE kind that is not supported, by name, with the list.
+        ModelError: a family or RoPE kind that is not supported, by name, with the list; or a
+            shape that is missing or contradictory.
     """
+    try:
+        return _spec_of(config, name)
+    except KeyError as e:
+        problem = f"no {e.args[0]}"
+    except ValidationError as e:
+        problem = ", got ".join(part for part in first_problem(e) if part)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+        problem = str(e)
+    raise ModelError(
+        "config.json must give the shapes of a decoder",
+        values=problem,
+        remedy="use the file that came with the model",
+    )
+
+
+def _spec_of(config: Mapping[str, Any], name: str) -> ModelSpec:
     family = str(config.get("model_type", ""))
     if family not in FAMILIES:
         raise ModelError(

@@ -74,8 +74,11 @@ class ReusePlan(Record):
                 f"request_bytes must be a multiple of 4096, got {self.request_bytes}; "
                 f"try {max(low, 4096)} or {low + 4096}"
             )
-        if self.rules and not any(r.tier == "*" for r in self.rules):
-            raise ValueError("one rule must have the tier '*', so that every chunk has a ratio")
+        if not any(r.tier == "*" for r in self.rules):
+            tiers = ", ".join(r.tier for r in self.rules) or "no rule"
+            raise ValueError(
+                f"one rule must have the tier '*', so that every chunk has a ratio, got {tiers}"
+            )
         return self
 
     def rule(self, tier: str, prompt_tokens: int) -> RatioRule:
@@ -107,21 +110,28 @@ class TunedPlan(Document):
     evidence: dict[str, Any] = Field(default_factory=dict)
     provenance: Provenance | None = None
 
-    def check_fits(self, hardware: str, model: str, *, allow_mismatch: bool = False) -> None:
+    def check_fits(self, hardware: str, model: str, *, allow_mismatch: bool = False) -> str:
         """Refuse a plan made for another machine or model, unless told otherwise.
+
+        Returns:
+            What differs, to warn of; empty when nothing does.
 
         Raises:
             PlanError: says which fingerprint differs.
         """
-        if allow_mismatch:
-            return
-        for what, mine, theirs in (
-            ("machine", self.hardware_fingerprint, hardware),
-            ("model", self.model_fingerprint, model),
-        ):
-            if mine != theirs:
-                raise PlanError(
-                    f"the plan must be made for this {what}",
-                    values=f"the plan's {what} is {mine}, this one is {theirs}",
-                    remedy="tune again here, or pass --allow-mismatch",
-                )
+        differs = [
+            (what, f"the plan's {what} is {mine}, this one is {theirs}")
+            for what, mine, theirs in (
+                ("machine", self.hardware_fingerprint, hardware),
+                ("model", self.model_fingerprint, model),
+            )
+            if mine != theirs
+        ]
+        if differs and not allow_mismatch:
+            what, values = differs[0]
+            raise PlanError(
+                f"the plan must be made for this {what}",
+                values=values,
+                remedy="tune again here, or pass --allow-mismatch",
+            )
+        return "; ".join(values for _, values in differs)

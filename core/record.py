@@ -7,10 +7,11 @@ read strictly (unknown keys, wrong types and old versions are refused with a rem
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -50,15 +51,19 @@ class Document(Record):
             CacheTuneError: not JSON, another version, unknown key, wrong type, broken rule.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as e:
+            data = parse_json(text)
+        except ValueError as e:
             raise cls.error(
                 f"{source} must be JSON",
-                values=f"line {e.lineno}: {e.msg}",
-                remedy=f"write it again with the command that makes a {cls.document}",
+                values=str(e),
+                remedy=f"make the {cls.document} again, or correct it: it may be cut short",
             ) from None
         if not isinstance(data, dict):
-            raise cls.error(f"{source} must hold one object", values=type(data).__name__)
+            raise cls.error(
+                f"{source} must hold one object",
+                values=type(data).__name__,
+                remedy=f"`cachetune schema {cls.document}` prints what it may hold",
+            )
         found = data.pop("schema_version", None)
         if found != cls.version:
             raise cls.error(
@@ -82,8 +87,12 @@ class Document(Record):
                 values=f"{path}: {e.strerror}",
                 remedy="check the path",
             ) from None
-        except UnicodeDecodeError:
-            raise cls.error(f"{path} must be UTF-8 JSON", remedy="check the path") from None
+        except UnicodeDecodeError as e:
+            raise cls.error(
+                f"{path} must be UTF-8 JSON",
+                values=f"byte 0x{e.object[e.start]:02x} at {e.start}",
+                remedy="check the path, or convert the file",
+            ) from None
         return cls.parse(text, str(path))
 
     def to_json(self) -> str:
@@ -112,48 +121,106 @@ def canonical_json(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
+def parse_json(text: str) -> Any:
+    """What `text` holds.
+
+    Raises:
+        ValueError: not JSON; where and why, on one line.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"line {e.lineno}: {e.msg}") from None
+    except RecursionError:
+        raise ValueError("lists in lists without end") from None
+
+
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write beside `path`, fsync, rename over it.
+    """Write beside `path`, fsync, rename over it; a link's target is written.
+
+    A device or a pipe is written in place: it must not be replaced by a file.
 
     Raises:
         CacheTuneError: no permission, no space, no such folder.
     """
-    path = Path(path)
-    temp = None
+    target = Path(os.path.realpath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
+        if _is_special(target):
+            target.write_bytes(data)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temp = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            with open(temp, "xb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temp, target)
+        finally:
+            temp.unlink(missing_ok=True)
     except OSError as e:
-        raise CacheTuneError(
-            "the output file must be writable",
-            values=f"{path}: {e.strerror}",
-            remedy="free space, or choose another path",
-        ) from None
-    finally:
-        if temp is not None and os.path.exists(temp):
-            os.unlink(temp)
+        raise _not_writable(path, e) from None
+
+
+def check_writable(*paths: str | Path | None) -> None:
+    """Refuse outputs that cannot be written before the work for them is done; None is skipped.
+
+    Raises:
+        CacheTuneError: no permission, no space, not a file.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        target = Path(os.path.realpath(path))
+        try:
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if _is_special(target):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temp = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+            try:
+                temp.touch(exist_ok=False)
+            finally:
+                temp.unlink(missing_ok=True)
+        except OSError as e:
+            raise _not_writable(path, e) from None
+
+
+def first_problem(e: ValidationError) -> tuple[str, str]:
+    """(what is wrong and where, the value) of the first error, for a line of text."""
+    first = e.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    text = f"{where}: {message}" if where else message
+    if first["type"] == "value_error":  # a rule of the record names its values itself
+        return text, ""
+    got = repr(first.get("input"))
+    return text, got if len(got) <= 80 else got[:77] + "..."
+
+
+def _is_special(target: Path) -> bool:
+    return target.exists() and not target.is_file() and not target.is_dir()
+
+
+def _not_writable(path: str | Path, e: OSError) -> CacheTuneError:
+    return CacheTuneError(
+        "the output file must be writable",
+        values=f"{path}: {e.strerror}",
+        remedy="free space, or choose another path",
+    )
 
 
 def _explain(cls: type[Document], e: ValidationError, source: str) -> CacheTuneError:
     first = e.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "(whole file)"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(cls)
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        where = ".".join(str(part) for part in first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(cls), n=1)
         hint = f"did you mean '{near[0]}'?" if near else "remove it"
         return cls.error(f"{source} has the unknown key '{where}'", remedy=hint)
-    got = repr(first.get("input"))
-    if len(got) > 80:
-        got = got[:77] + "..."
+    text, got = first_problem(e)
     more = f" (and {e.error_count() - 1} more)" if e.error_count() > 1 else ""
-    return cls.error(
-        f"{source}: {where}: {first['msg']}{more}", values=got, remedy="correct the value"
-    )
+    return cls.error(f"{source}: {text}{more}", values=got, remedy="correct the value")
 
 
 def _known_keys(cls: type[BaseModel]) -> list[str]:

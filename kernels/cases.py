@@ -170,7 +170,15 @@ def _stored_bytes(values: int, bits: int, size: int) -> int:
 def _make_pack(
     seed: int, device: str, *, dtype: str, n: int, kv_heads: int, head_dim: int, bits: int, per: str
 ) -> Inputs:
-    return {"x": _random(seed, device, dtype, n, kv_heads, head_dim), "bits": bits, "per": per}
+    x = _random(seed, device, dtype, n, kv_heads, head_dim)
+    if device != "meta":
+        # One head on half steps of a scale of exactly 1, where rounding to even shows.
+        levels = 2**bits - 1
+        half = (x[:, 0].float() * levels).round().abs().remainder(2 * levels) / 2
+        half[0::32], half[:, 0::32] = 0.0, 0.0
+        half[1::32], half[:, 1::32] = float(levels), float(levels)
+        x[:, 0] = half.to(x.dtype)
+    return {"x": x, "bits": bits, "per": per}
 
 
 def _pack_work(

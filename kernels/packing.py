@@ -16,6 +16,7 @@ Every step is an IEEE fp32 operation in a stated order, so CPU and GPU agree bit
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +72,7 @@ def pack(x: Tensor, bits: int, per: Per) -> Packed:
     Raises:
         ValueError: unsupported head dim or bit width.
     """
-    n, _, d = x.shape
+    d = x.shape[2]
     check_format(d, bits)
     x32 = x.float()
     low, high = _group_range(x32, per)
@@ -80,39 +81,44 @@ def pack(x: Tensor, bits: int, per: Per) -> Packed:
     step = (high - low) * torch.tensor(1.0 / levels, dtype=torch.float32)
     scale = step.clamp(SCALE_MIN, FP16_MAX).half()
     # Codes come from the *rounded* scale and zero: what unpack will use is what is inverted here.
-    inverse = 1.0 / scale.float()
-    codes = (x32 - _spread(zero.float(), per, n, d)) * _spread(inverse, per, n, d)
+    codes = x32.clone() if x32 is x else x32
+    for part, group in _groups(codes, per):
+        part.sub_(group(zero.float())).mul_(group(1.0 / scale.float()))
     codes = codes.clamp_(0.0, levels).round_().to(torch.uint8)
     return Packed(_to_bytes(codes, bits), scale, zero, bits, per, d)
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """``[n, HK, D]`` values of a `Packed`, computed in fp32 and cast to ``dtype``."""
-    codes = _from_bytes(packed.codes, packed.bits, packed.head_dim)
-    n, d = codes.shape[0], packed.head_dim
-    scale = _spread(packed.scale.float(), packed.per, n, d)
-    zero = _spread(packed.zero.float(), packed.per, n, d)
-    return (codes.float() * scale + zero).to(dtype)
+    values = _from_bytes(packed.codes, packed.bits, packed.head_dim).float()
+    scale, zero = packed.scale.float(), packed.zero.float()
+    for part, group in _groups(values, packed.per):
+        part.mul_(group(scale)).add_(group(zero))
+    return values.to(dtype)
+
+
+def _groups(x: Tensor, per: Per) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """The whole groups and the ragged last one of ``x``: views, each with how its scales broadcast.
+
+    Views rather than scales repeated to the shape of ``x``: three times faster on a CPU.
+    """
+    dim = 0 if per == "channel" else 2
+    whole = x.shape[dim] // GROUP
+    if whole:
+        part = x.narrow(dim, 0, whole * GROUP).unflatten(dim, (whole, GROUP))
+        yield part, lambda value: value.narrow(dim, 0, whole).unsqueeze(dim + 1)
+    if x.shape[dim] % GROUP:
+        part = x.narrow(dim, whole * GROUP, x.shape[dim] % GROUP).unsqueeze(dim)
+        yield part, lambda value: value.narrow(dim, whole, 1).unsqueeze(dim + 1)
 
 
 def _group_range(x: Tensor, per: Per) -> tuple[Tensor, Tensor]:
     dim = 0 if per == "channel" else 2
-    full = x.shape[dim] // GROUP * GROUP
-    parts = []
-    if full:
-        grouped = x.narrow(dim, 0, full).unflatten(dim, (full // GROUP, GROUP))
-        parts.append(grouped.aminmax(dim=dim + 1))
-    if full < x.shape[dim]:
-        parts.append(x.narrow(dim, full, x.shape[dim] - full).aminmax(dim=dim, keepdim=True))
-    if not parts:
+    ranges = [part.aminmax(dim=dim + 1) for part, _ in _groups(x, per)]
+    if not ranges:
         empty = x.narrow(dim, 0, 0)
         return empty, empty
-    return torch.cat([p[0] for p in parts], dim), torch.cat([p[1] for p in parts], dim)
-
-
-def _spread(group_value: Tensor, per: Per, n: int, d: int) -> Tensor:
-    dim, size = (0, n) if per == "channel" else (2, d)
-    return group_value.repeat_interleave(GROUP, dim)[(slice(None),) * dim + (slice(0, size),)]
+    return torch.cat([r[0] for r in ranges], dim), torch.cat([r[1] for r in ranges], dim)
 
 
 def _to_bytes(codes: Tensor, bits: int) -> Tensor:
@@ -135,8 +141,10 @@ def _from_bytes(data: Tensor, bits: int, d: int) -> Tensor:
     codes = torch.zeros(n, hk, d, dtype=torch.uint8, device=data.device)
     start, shift = 0, 0
     for width in planes(bits):
-        plane = data[:, :, start : start + d * width // 8].view(n, hk, 2, 1, d * width // 16)
-        lanes = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
-        codes |= (((plane >> lanes.view(-1, 1)) & (2**width - 1)) << shift).reshape(n, hk, d)
-        start, shift = start + d * width // 8, shift + width
+        run = d * width // 16
+        plane = data[:, :, start : start + 2 * run].view(n, hk, 2, run)
+        lanes = codes.view(n, hk, 2, 8 // width, run)
+        for lane in range(8 // width):
+            lanes[:, :, :, lane] |= ((plane >> (lane * width)) & (2**width - 1)) << shift
+        start, shift = start + 2 * run, shift + width
     return codes

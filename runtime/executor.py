@@ -26,6 +26,37 @@ SessionSource = Callable[[int, int], Session]
 _Item = tuple[Op, int, int]
 
 
+class _SwitchInterval:
+    """Python's thread switch interval, short while any executor is open.
+
+    Workers hand over at op borders; the default of 5 ms would let an I/O worker's few lines of
+    Python hold up the compute stream for longer than many ops take.
+    """
+
+    SHORT_S = 0.0002
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_open = 0
+        self._usual_s = 0.0
+
+    def shorten(self) -> None:
+        with self._lock:
+            if not self._n_open:
+                self._usual_s = sys.getswitchinterval()
+                sys.setswitchinterval(self.SHORT_S)
+            self._n_open += 1
+
+    def give_back(self) -> None:
+        with self._lock:
+            self._n_open -= 1
+            if not self._n_open:
+                sys.setswitchinterval(self._usual_s)
+
+
+_switch_interval = _SwitchInterval()
+
+
 class CpuExecutor:
     """The real executor on a CPU. Close it, or use it as a context manager."""
 
@@ -35,10 +66,7 @@ class CpuExecutor:
         source: SessionSource,
         on_end: Callable[[Session], None] | None = None,
     ) -> None:
-        # Workers hand over at op borders; the default of 5 ms would let an I/O worker's few lines
-        # of Python hold up the compute stream for longer than many ops take.
-        self._switch_interval_s = sys.getswitchinterval()
-        sys.setswitchinterval(0.0002)
+        _switch_interval.shorten()
         self._handlers = handlers
         self._source = source
         self._on_end = on_end
@@ -52,6 +80,7 @@ class CpuExecutor:
         self._seq = 0
         self._error: BaseException | None = None
         self._stopping = False
+        self._closed = False
 
     def __enter__(self) -> CpuExecutor:
         return self
@@ -107,8 +136,9 @@ class CpuExecutor:
         self._stop()
         for thread in self._threads:
             thread.join()
-        if self._threads:
-            sys.setswitchinterval(self._switch_interval_s)
+        if not self._closed:
+            self._closed = True
+            _switch_interval.give_back()
         self._queues.clear()
         self._threads.clear()
 

@@ -156,7 +156,9 @@ class LLM:
             return plan
         tuned = plan if isinstance(plan, TunedPlan) else TunedPlan.read(plan)
         here = device_here(compute_threads).fingerprint()
-        tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
+        differs = tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
+        if differs:
+            log.warning(differs)
         return tuned.plan
 
     def _ids(self, text: Text) -> list[int]:

@@ -6,7 +6,6 @@ The library's layers, weights and RoPE are used as they are. Pre-RoPE K is caugh
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import xxhash
 from torch import nn
 
 from ..core.errors import ModelError
-from ..core.model_spec import ModelSpec, spec_from_hf_config
+from ..core.model_spec import DTYPE_BYTES, ModelSpec, spec_from_hf_config
+from ..core.record import parse_json
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-tiny": dict(n=4, hidden=128, heads=4, kv=2, ffn=256, vocab=512),
@@ -56,6 +56,12 @@ def load_model(
     """
     if isinstance(source, nn.Module):
         return _wrap(source, type(source).__name__)
+    if dtype not in DTYPE_BYTES:
+        raise ModelError(
+            f"the dtype must be one of {', '.join(DTYPE_BYTES)}",
+            values=repr(dtype),
+            remedy="name one of them",
+        )
     if str(source) in SHAPES:
         return _wrap(_random_llama(str(source), dtype, seed), str(source))
     folder = Path(source)
@@ -65,12 +71,41 @@ def load_model(
             values=repr(str(source)),
             remedy=f"known shapes: {', '.join(SHAPES)}",
         )
-    config = json.loads((folder / "config.json").read_text())
-    spec_from_hf_config(config)
+    spec_from_hf_config(_read_config(folder / "config.json"))
+    return _wrap(_read_weights(folder, dtype), folder.name)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:  # not UTF-8 is a ValueError too
+        problem = str(e)
+    else:
+        if isinstance(config, dict):
+            return config
+        problem = type(config).__name__
+    raise ModelError(
+        "the model's config.json must hold one JSON object",
+        values=f"{path}: {problem}",
+        remedy="download the model again",
+    )
+
+
+def _read_weights(folder: Path, dtype: str) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return _wrap(model, folder.name)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise ModelError(
+            "the model's weights must be readable and fit its config.json",
+            values=f"{folder}: {str(e).strip().splitlines()[0][:160]}",
+            remedy="download the model again",
+        ) from e
+    return model
 
 
 def random_model(config: Any, dtype: str = "float32", seed: int = 0) -> LoadedModel:

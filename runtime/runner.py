@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..core.block_pool import BlockPool
-from ..core.chunk_index import ChunkIndex
+from ..core.chunk_index import ChunkIndex, content_id_of
 from ..core.decision import ReuseDecision
 from ..core.engine import Engine, batch_schedule_of
 from ..core.errors import WorkloadError
@@ -75,6 +75,11 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def n_kv_blocks(self) -> int:
+        """KV capacity in blocks of 16 tokens, the pool's default."""
+        return self.kv_capacity_tokens // 16
+
     def close(self) -> None:
         """Close the store."""
         self.store.close()
@@ -96,6 +101,12 @@ class Runner:
                         "a workload that is run for real needs token ids",
                         values=f"content '{content_id}' has none",
                         remedy="add token_ids to the table of contents, or simulate it",
+                    )
+                if content_id_of(content.token_ids) != content_id:
+                    raise WorkloadError(
+                        "a content that is run for real must be named by the hash of its tokens",
+                        values=f"content '{content_id}'",
+                        remedy="rename contents with Workload.by_content()",
                     )
                 entry = self.ingestor.ingest(
                     content.token_ids, selector=order, tier=tier, neighbours=texts
@@ -192,7 +203,7 @@ class Runner:
         """
         workload.check_fits(self.spec)
         stop_tokens = frozenset([stop_token] if isinstance(stop_token, int) else stop_token or ())
-        blocks = BlockPool(self.kv_capacity_tokens // 16)
+        blocks = BlockPool(self.n_kv_blocks)
         engine = Engine(workload, self.spec, plan, index, blocks)
         requests = {r.request_id: r for r in workload.requests}
         result = RunResult(Timeline((), 0, ()))

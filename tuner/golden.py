@@ -90,15 +90,14 @@ def golden_section(
         f1, f2 = measure(x1), measure(x2)
     while b - a > tol:
         if f1 < f2:
-            b, x2, f2 = x2, x1, f1
-            x1 = b - PHI * (b - a)
-            f1 = measure(x1)
+            b, kept = x2, (x1, f1)
         else:
-            a, x1, f1 = x1, x2, f2
-            x2 = a + PHI * (b - a)
-            f2 = measure(x2)
-        if x1 > x2:  # a warm probe does not sit at a golden point, so they may cross
-            x1, x2, f1, f2 = x2, x1, f2, f1
+            a, kept = x1, (x2, f2)
+        low, high = b - PHI * (b - a), a + PHI * (b - a)
+        new, other = (low, high) if b == x2 else (high, low)
+        # A warm probe does not sit at a golden point: the new one may meet it, or cross it.
+        new = other if abs(new - kept[0]) < tol / 10 else new
+        (x1, f1), (x2, f2) = sorted([kept, (new, measure(new))])
     middle = (a + b) / 2
     return middle, measure(middle), probes
 

@@ -29,6 +29,9 @@ N_STARTUP = 30
 SAME = 0.002
 """Plans this close in simulated TTFT are the same to the simulator: the plainer one wins."""
 
+PATIENCE = 30
+"""Asks in a row without a new plan that end the sampling: the space around the best is used up."""
+
 N_STARTS = 3
 """Local searches, each from another structure."""
 
@@ -84,7 +87,7 @@ class Search:
         return score, True
 
     def sample(self, seed: int, n_trials: int) -> None:
-        """TPE until `n_trials` distinct plans, or twice as many asks, were scored."""
+        """TPE until `n_trials` distinct plans were scored, or no new ones come."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -96,11 +99,11 @@ class Search:
         )
         for trial in self.trials:
             study.enqueue_trial(trial.params)
-        for _ in range(2 * n_trials):
-            if len(self.trials) >= n_trials:
-                return
+        n_old = -len(self.trials)  # the baselines come first and are not new
+        while len(self.trials) < n_trials and n_old < PATIENCE:
             asked = study.ask()
-            score, _ = self.score(suggest_params(asked, self.bounds), "tpe")
+            score, is_new = self.score(suggest_params(asked, self.bounds), "tpe")
+            n_old = 0 if is_new else n_old + 1
             asked.set_constraint("quality", score.shortfall)
             study.tell(asked, score.ttft_ms_mean)
 

@@ -1,0 +1,158 @@
+"""`cachetune bench grid`: is the tuned plan as good as the best of a measured grid?
+
+For each tier: a fixed list of plans is written, then measured (resumable); the tuner searches the
+simulator and confirms its best on the runtime; both meet again in one interleaved run. The paper's
+own method, golden-section search on the real runtime, stands beside it with what it cost.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..core.hardware import HardwareProfile
+    from ..core.workload import Workload
+    from ..runtime.runner import Runner
+
+_Model = Annotated[str, typer.Option(help="Hugging Face folder, or a shape with random weights.")]
+_Profile = Annotated[Path, typer.Option(help="Profile of this machine; made if it is missing.")]
+_Tiers = Annotated[str, typer.Option(help="Tiers, by comma.")]
+_ChunkTokens = Annotated[int, typer.Option(min=16, help="Tokens of each of the eight chunks.")]
+_Trials = Annotated[int, typer.Option(min=20, help="Simulated plans per tier.")]
+_Repeats = Annotated[int, typer.Option(min=2, help="Repeats of every plan of the grid.")]
+_Out = Annotated[Path, typer.Option(help="Folder of lists, rows, plans and the result.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
+
+RATIO_MIN = 0.15
+"""The paper's quality floor, for grid, tuner and golden section alike."""
+FINAL_REPEATS = 11
+COLUMNS = (
+    "tier",
+    "rho",
+    "r_tuned",
+    "r_golden",
+    "tuned_ms",
+    "grid_best_ms",
+    "golden_ms",
+    "tuned/grid",
+    "low",
+    "high",
+    "rank_corr",
+    "runs_tuner",
+    "runs_golden",
+)
+
+
+def command(
+    model: _Model = "llama-10m",
+    profile: _Profile = Path("build/grid/profile.json"),
+    tiers: _Tiers = "rho0.1,rho0.7,rho4,rho25",
+    chunk_tokens: _ChunkTokens = 96,
+    trials: _Trials = 200,
+    repeats: _Repeats = 3,
+    out: _Out = Path("results/cpu/grid"),
+    seed: _Seed = 0,
+) -> None:
+    """Hold tuned plans against a measured grid and against golden-section search."""
+    from ..calibration.calibrate import Settings, calibrate, open_runner
+    from ..calibration.probes import Library, Shape
+    from ..core.hardware import HardwareProfile
+    from ..core.record import write_atomic
+    from ..runtime.loaded_model import load_model
+    from ..runtime.machine import provenance_here
+    from .console import note, print_json_line, print_table, progress_bar
+
+    loaded = load_model(model)
+    with progress_bar() as tell:
+        if not profile.exists():
+            calibrate(loaded, Settings(max_tokens=8 * chunk_tokens, seed=seed), tell).write(profile)
+        machine = HardwareProfile.read(profile)
+        workload = Library(loaded.spec, seed).workload(Shape(8, chunk_tokens, 32))
+        found = []
+        with (
+            tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
+            open_runner(machine, loaded, folder) as runner,
+        ):
+            for tier in tiers.split(","):
+                machine.tier(tier)
+                found.append(one_tier(runner, machine, workload, tier, trials, repeats, out, seed))
+                tell("tiers", len(found), len(tiers.split(",")))
+    machine.write(out / "profile.json")
+    provenance = provenance_here(seed).model_dump(mode="json")
+    result = {"provenance": provenance, "model": model, "tiers": found}
+    write_atomic(out / "grid.json", (json.dumps(result, indent=1) + "\n").encode())
+    print_table([_cells(f) for f in found], COLUMNS, "tuned plan against the measured grid")
+    note(f"result: {out}/grid.json")
+    print_json_line(
+        {"command": "bench grid", "tuned_over_grid": {f["tier"]: f["ratio"] for f in found}}
+    )
+
+
+def one_tier(
+    runner: Runner,
+    machine: HardwareProfile,
+    workload: Workload,
+    tier: str,
+    n_trials: int,
+    n_repeats: int,
+    out: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Grid, then tuning, then both again; golden section last."""
+    from ..tuner.baselines import token_times
+    from ..tuner.golden import golden_on_runtime
+    from ..tuner.grid import compare, grid_plans, run_grid, write_list
+    from ..tuner.measure import Bench
+    from ..tuner.search import tune
+
+    listed = out / f"{tier}.list.json"
+    write_list(listed, grid_plans(RATIO_MIN, machine.model.n_layers), tier, workload, seed)
+    grid = run_grid(runner, workload, listed, out / f"{tier}.rows.jsonl", n_repeats=n_repeats)
+    tuned = tune(
+        machine, workload, tier, n_trials=n_trials, seed=seed, ratio_min=RATIO_MIN, runner=runner
+    )
+    tuned.write(out / f"{tier}.plan.json")
+    bench = Bench(runner, workload, tier)
+    final = compare(bench, grid, tuned.plan, n_repeats=FINAL_REPEATS, seed=seed)
+    times = token_times(machine, workload, tier)
+    golden = golden_on_runtime(
+        runner, workload, tier, times.ratio, ratio_min=RATIO_MIN, n_repeats=n_repeats
+    )
+    confirmed = tuned.evidence["confirmed"]
+    return {
+        "tier": tier,
+        "rho": machine.tier(tier).rho,
+        "n_grid_plans": grid["n_plans"],
+        **final,
+        "tuned_ratios": list(tuned.plan.rule(tier, 1).ratios),
+        "tuned_policy": tuned.plan.policy,
+        "tuned_seconds": tuned.evidence["seconds"],
+        "confirm_spearman": confirmed["spearman"],
+        "confirm_runs": sum(len(r["ttft_ms"]) for r in confirmed["rows"]),
+        "golden": golden.to_json(),
+    }
+
+
+def _cells(found: dict[str, Any]) -> dict[str, Any]:
+    from statistics import median
+
+    return {
+        "tier": found["tier"],
+        "rho": found["rho"],
+        "r_tuned": found["tuned_ratios"][0],
+        "r_golden": found["golden"]["ratio"],
+        "tuned_ms": median(found["tuned_ttft_ms"]),
+        "grid_best_ms": min(median(times) for times in found["grid_ttft_ms"]),
+        "golden_ms": found["golden"]["ttft_ms"],
+        "tuned/grid": found["ratio"],
+        "low": found["ratio_low"],
+        "high": found["ratio_high"],
+        "rank_corr": found["confirm_spearman"],
+        "runs_tuner": found["confirm_runs"],
+        "runs_golden": found["golden"]["n_runs"],
+    }

@@ -1,0 +1,93 @@
+"""Ctrl-C in the middle of serving and of ingesting: the store opens clean afterwards."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cachetune.core.plan import ReusePlan
+from cachetune.runtime.runner import Runner
+
+from . import model_cases as cases
+from .model_cases import TIERS, prompt_workload, tokens
+
+SCRIPT = """
+import sys, threading
+from pathlib import Path
+
+from {package} import model_cases as cases
+from cachetune.runtime.runner import Runner
+
+loaded, _ = cases.make_twins("llama")
+plan = cases.plan_with("cachetune", 0.3)
+texts = [cases.tokens(64, number) for number in range(6)]
+runner = Runner(loaded, Path(sys.argv[1]), cases.TIERS)
+print("ready", flush=True)
+try:
+    for round_ in range(10**6):
+        chunks = [cases.tokens(64, 10 * round_ + i) for i in range(3)]
+        workload = cases.prompt_workload([(*chunks, cases.tokens(8))] * 3, n_output=4)
+        runner.prepare(workload, plan, "file")
+        runner.serve(workload, plan, runner.index(plan))
+        if round_ == 0:
+            print("served", flush=True)
+except KeyboardInterrupt:
+    alive = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    print("interrupted, threads left:", alive, flush=True)
+    if "hard" not in sys.argv:
+        runner.close()
+    sys.exit(130)
+"""
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    package = __package__ or "tests.runtime"
+    paths = [str(ROOT), str(ROOT / ".typing"), str(ROOT / "tests")]
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(package=package), str(folder), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("flags", [(), ("hard",)], ids=["closed", "not closed"])
+def test_ctrl_c_leaves_a_store_that_opens_clean(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    process = start(tmp_path, *flags)
+    assert process.stdout is not None
+    while (line := process.stdout.readline()) not in ("served\n", ""):
+        pass
+    time.sleep(random.Random(len(flags)).uniform(0.05, 0.3))
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, line + out + errors
+    assert "interrupted, threads left: []" in out, out + errors
+    assert not list((tmp_path / "chunks").glob("*.tmp")) or flags
+    loaded, _ = cases.make_twins("llama")
+    plan = cases.plan_with("cachetune", 0.3)
+    with Runner(loaded, tmp_path, TIERS) as runner:
+        assert not list((tmp_path / "chunks").glob("*.tmp"))
+        _all_chunks_verify(runner, plan)
+        chunks = [tokens(64, i) for i in range(3)]
+        workload = prompt_workload([(*chunks, tokens(8))], n_output=4)
+        result = runner.serve(workload, plan, runner.index(plan))
+        assert result.n_reused_tokens[0] == 64 + 2 * (64 - 19)
+        assert (result.n_fallbacks, result.n_read_failures) == (0, 0)
+
+
+def _all_chunks_verify(runner: Runner, plan: ReusePlan) -> None:
+    """Every chunk that is listed can be read whole."""
+    kept = [entry for entry, _ in runner.index(plan)._entries.values()]
+    assert len(kept) >= 3
+    n_layers = runner.spec.n_layers
+    for entry in kept:
+        runner.store.read(entry.key, 0, n_layers, [entry.n_tokens] * n_layers, 1 << 20)
