@@ -1,4 +1,4 @@
-"""The closed loop on both executors: one workload, arrivals and batching live, distributions compared.
+"""The closed loop on both executors: live arrivals and batching, distributions compared.
 
 Timing changes batching, so single requests may differ; only distributions are held together.
 """
@@ -73,7 +73,7 @@ def simulated(
 def capacity_rps(
     profile: HardwareProfile, load: Load, plan: ReusePlan, runner: Runner, tier: str
 ) -> float:
-    """Simulated throughput with every request there at once: the rate that utilisation refers to."""
+    """Simulated throughput with every request there at once: what utilisation refers to."""
     workload = traffic(load, 1e6, profile.model.vocab_size, 0)
     runner.prepare(workload, plan, tier)
     timeline = simulated(profile, workload, plan, runner.index(plan, tier), runner.n_kv_blocks)

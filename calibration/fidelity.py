@@ -1,7 +1,7 @@
 """Fidelity: predict held-out schedules, write that down, then measure them.
 
-Both run the same ops (`core.engine.batch_schedule_of`), joined by op id. The A/A error, one half of the
-repeats against the other, is what no model can beat on this machine.
+Both run the same ops (`core.engine.batch_schedule_of`), joined by op id. The A/A error, one half
+of the repeats against the other, is what no model can beat on this machine.
 """
 
 from __future__ import annotations

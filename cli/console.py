@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from ..core.errors import CacheTuneError
 
 T = TypeVar("T")
 
@@ -38,21 +41,20 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title
             table.add_row(*line)
         Console().print(table)
         return
-    if title:
-        print(title)
+    text = [title] if title else []
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
     for line in [list(columns), *cells]:
         padded = [
             text.rjust(width) if right else text.ljust(width)
             for text, width, right in zip(line, widths, numeric, strict=True)
         ]
-        print("  ".join(padded).rstrip())
+        text.append("  ".join(padded).rstrip())
+    _write("\n".join(text))
 
 
 def print_json_line(data: Mapping[str, Any]) -> None:
     """The result for programs: one line, the last of stdout."""
-    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    _write(json.dumps(data, allow_nan=False))
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -107,6 +109,24 @@ def fail(text: str, status: int) -> int:
     """The one line of an error; returns the exit status."""
     note(f"cachetune: {' '.join(text.split())}")
     return status
+
+
+def _write(text: str) -> None:
+    """Text and a line end to stdout, at once.
+
+    Raises:
+        CacheTuneError: the disk behind it is full, or the reader went away.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        # What is left in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise CacheTuneError(
+            "the result must be written to stdout",
+            values=e.strerror or type(e).__name__,
+            remedy="free space, or send stdout elsewhere",
+        ) from None
 
 
 def _cell(value: object) -> str:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except CacheTuneError as e:
         status = fail(str(e), INPUT_ERROR)
     except _UsageError as e:
-        status = fail(f"{_message(e)}; see cachetune {_first_word(args)}--help", INPUT_ERROR)
+        status = fail(f"{_message(e, args)}; see cachetune {_first_word(args)}--help", INPUT_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         status = fail("interrupted", INTERRUPTED)
     raise SystemExit(status if isinstance(status, int) else 0)
@@ -84,7 +84,14 @@ def _first_word(args: Sequence[str]) -> str:
     return f"{args[0]} " if args and args[0] in COMMANDS else ""
 
 
-def _message(error: Exception) -> str:
-    """Click's own words on one line."""
+def _message(error: Exception, args: Sequence[str]) -> str:
+    """Click's own words on one line, and the value where they leave it out."""
     text = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(text.split()).rstrip(".")
+    text = " ".join(text.split()).rstrip(".")
+    names = getattr(getattr(error, "param", None), "opts", ())
+    for arg, after in zip(args, [*args[1:], None], strict=True):
+        name, equals, value = arg.partition("=")
+        given = value if equals else after
+        if name in names and given is not None and repr(given) not in text:
+            return f"{text}, got {given!r}"
+    return text

@@ -30,7 +30,9 @@ _Rate = Annotated[float | None, typer.Option(help="Generated: requests per secon
 _Tier = Annotated[str | None, typer.Option(help="Where the chunks lie; default the fastest tier.")]
 _Set = Annotated[list[str] | None, typer.Option("--set", help="A knob: key=value. Repeatable.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
-_Noise = Annotated[float, typer.Option(min=0, help="Spread of durations, as a log deviation.")]
+_Noise = Annotated[
+    float, typer.Option(min=0, max=3, help="Spread of durations, as a log deviation.")
+]
 _Trace = Annotated[Path | None, typer.Option(help="Write a Chrome trace here.")]
 _Mismatch = Annotated[bool, typer.Option(help="Take a plan made for another machine or model.")]
 

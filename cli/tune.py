@@ -27,8 +27,12 @@ _Out = Annotated[Path, typer.Option(help="Write the plan here.")]
 _Workload = Annotated[Path | None, typer.Option(help="Workload; without it, one is generated.")]
 _Trials = Annotated[int, typer.Option(min=1, help="Plans to sample in the simulator.")]
 _Quality = Annotated[Path | None, typer.Option(help="Measured quality, from `bench quality`.")]
-_Floor = Annotated[float, typer.Option(help="Least quality, relative to full recompute.")]
-_RatioMin = Annotated[float, typer.Option(help="Least ratio where quality is not measured.")]
+_Floor = Annotated[
+    float, typer.Option(min=0, max=1, help="Least quality, relative to full recompute.")
+]
+_RatioMin = Annotated[
+    float, typer.Option(min=0, max=1, help="Least ratio where quality is not measured.")
+]
 _Confirm = Annotated[int, typer.Option(min=0, help="Plans to measure for real; needs --model.")]
 _Model = Annotated[str | None, typer.Option(help="Folder of a Hugging Face model, or a shape.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Measured repeats of each confirmed plan.")]
@@ -69,8 +73,8 @@ def command(
     tiers = [name.strip() for name in tier.split(",")]
     for name in tiers:
         machine.tier(name)
-    note(f"tuning for {', '.join(tiers)}: {trials} trials")
     with _runner(machine, model, confirm) as runner:
+        note(f"tuning for {', '.join(tiers)}: {trials} trials")
         tuned = tune(
             machine,
             work,
@@ -135,13 +139,14 @@ def _runner(machine: HardwareProfile, model: str | None, n_confirm: int) -> Iter
 
 
 def _report(tuned: TunedPlan, out: Path) -> None:
+    from ..tuner.search import SEARCHED
     from .console import print_json_line, print_table
 
     plan, evidence = tuned.plan, tuned.evidence
     rows: list[dict[str, Any]] = [
         {"plan": t["origin"], "ttft_ms": t["ttft_ms_mean"], "feasible": str(t["feasible"])}
         for t in evidence["trials"]
-        if t["origin"] not in ("tpe", "step")
+        if t["origin"] not in SEARCHED
     ]
     rows.append({"plan": "tuned", "ttft_ms": tuned.objective["ttft_ms_mean"], "feasible": "True"})
     print_table(rows, ("plan", "ttft_ms", "feasible"), "simulated")

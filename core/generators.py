@@ -91,7 +91,7 @@ def _check(n_requests: int, n_contents: int, n_chunks: int, rate_rps: float | No
             values=f"{n_chunks} and {n_contents}",
             remedy="ask for fewer chunks or make more contents",
         )
-    if rate_rps is not None and rate_rps <= 0:
+    if rate_rps is not None and not rate_rps > 0:  # nan too
         raise WorkloadError(
             "rate_rps must be positive", values=str(rate_rps), remedy="leave it out to space evenly"
         )

@@ -16,7 +16,6 @@ from .errors import CacheTuneError, WorkloadError
 from .model_spec import ModelSpec
 from .record import Document, Record
 
-
 TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 """Any model's; `Workload.check_fits` holds it against one vocabulary."""
 

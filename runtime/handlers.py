@@ -90,9 +90,8 @@ class Handlers:
     def prefill(self, session: Session, op: Op) -> Outcome:
         """Pass the op's rows through its layers; K and V land in the buffer."""
         hidden, positions = session.enter(op, self.transformer.embed)
-        n_keys = int(positions[-1]) + 1 if positions.numel() else 0
-        rows = Rows(session.buffer, 0, positions.numel(), positions, n_keys)
         if positions.numel():
+            rows = Rows.of(session.buffer, 0, positions)
             hidden = self.transformer.run_layers(hidden, [rows], op.layer_start, op.layer_stop)
         session.hidden[op.piece] = (hidden, positions)
         return NOTHING
@@ -141,7 +140,7 @@ class Handlers:
         rows = []
         for i, session in enumerate(sessions):
             at = session.n_prompt + len(session.new_tokens) - 1
-            rows.append(Rows(session.buffer, i, i + 1, torch.tensor([at]), at + 1))
+            rows.append(Rows(session.buffer, i, i + 1, torch.tensor([at]), at + 1, is_run=True))
         hidden = self.transformer.run_layers(
             self.transformer.embed(ids), rows, 0, self.transformer.spec.n_layers
         )

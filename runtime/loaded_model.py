@@ -96,9 +96,7 @@ def _read_weights(folder: Path, dtype: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype)
-        )
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise ModelError(
             "the model's weights must be readable and fit its config.json",

@@ -31,6 +31,9 @@ class Transformer:
         self._scatter = Scatter()
         self._capture = threading.local()
         self._rope = (torch.empty(0, 1), torch.empty(0, 1))
+        self._rope_of: Tensor | None = None
+        """Positions whose cos and sin `_rope_here` holds, `[1, n, D]` each."""
+        self._rope_here = self._rope
         for layer in self._layers:
             attention = layer.self_attn
             source = getattr(attention, "k_norm", None) or attention.k_proj
@@ -60,7 +63,10 @@ class Transformer:
     def run_layers(self, hidden: Tensor, rows: Sequence[Rows], start: int, stop: int) -> Tensor:
         """Pass packed rows `[1, n, hidden]` through layers [start, stop)."""
         positions = rows[0].positions if len(rows) == 1 else torch.cat([r.positions for r in rows])
-        rope = self.loaded.hf.model.rotary_emb(hidden, positions[None])
+        if self._rope_of is not positions:  # the ops of a prompt share rows from group to group
+            self._rope_here = self.loaded.hf.model.rotary_emb(hidden, positions[None])
+            self._rope_of = positions
+        rope = self._rope_here
         with packed(rows):
             for layer in range(start, stop):
                 hidden = self._layers[layer](
@@ -114,7 +120,7 @@ class Transformer:
         if n_slots > n:
             buffer.k.zero_()
             buffer.v.zero_()
-        rows = Rows(buffer, 0, n, positions, n_slots)
+        rows = Rows.of(buffer, 0, positions)
         counts = list(self.rows_by_layer)
         self._capture.k, self._capture.v = [], []
         try:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import PlanError
 from ..core.plan import ReusePlan
 from ..core.workload import Workload
-from .measure import Bench, Measured, Progress
-from .search import Search, Trial, ranked, structure
+from .measure import Bench, Measured, Progress, paired
+from .search import SEARCHED, Search, Trial, ranked, structure
 
 if TYPE_CHECKING:
     from ..runtime.runner import Runner
@@ -31,8 +31,11 @@ class Confirmed:
     feasible: bool
     ttft_ms_simulated: float
     measured: Measured
+    share: float = 0.0
+    """Of its turn's mean, see `measure.paired`: what the measured rank goes by."""
     final: Measured | None = None
     """Second round, for finalists."""
+    final_share: float | None = None
 
     @property
     def ttft_ms_median(self) -> float:
@@ -50,14 +53,12 @@ class Report:
     @property
     def spearman(self) -> float | None:
         """Rank correlation of simulated and measured TTFT; None where ranks are undefined."""
-        return spearman(
-            [r.ttft_ms_simulated for r in self.rows], [r.measured.median for r in self.rows]
-        )
+        return spearman([r.ttft_ms_simulated for r in self.rows], [r.share for r in self.rows])
 
     def to_json(self) -> dict[str, Any]:
         """For the evidence: a row per plan with both ranks."""
         simulated = _ranks([r.ttft_ms_simulated for r in self.rows])
-        real = _ranks([r.measured.median for r in self.rows])
+        real = _ranks([r.share for r in self.rows])
         rows = [
             {
                 "name": row.name,
@@ -102,15 +103,16 @@ def confirm(
             remedy="tune for one tier, or without confirmation",
         )
     trials = shortlist(search, n_confirm)
-    trials += [t for t in search.trials if t.origin not in ("tpe", "step") and t not in trials]
+    trials += [t for t in search.trials if t.origin not in SEARCHED and t not in trials]
     bench = Bench(runner, workload, tiers[0], n_requests)
     measured = bench.interleaved([t.plan for t in trials], n_repeats, seed=seed, progress=progress)
     rows = [
-        Confirmed(_name(t), t.plan, t.score.feasible, t.score.ttft_ms_mean, m)
-        for t, m in zip(trials, measured, strict=True)
+        Confirmed(_name(t), t.plan, t.score.feasible, t.score.ttft_ms_mean, m, share)
+        for t, m, share in zip(trials, measured, paired(measured), strict=True)
     ]
     rows = _final_round(bench, rows, n_repeats, seed)
-    best = min((r for r in rows if r.final is not None), key=lambda r: r.ttft_ms_median)
+    finalists = [r for r in rows if r.final_share is not None]
+    best = min(finalists, key=lambda r: r.final_share or 0.0)
     return Report(tuple(rows), best)
 
 
@@ -148,10 +150,10 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 def _final_round(bench: Bench, rows: list[Confirmed], n_repeats: int, seed: int) -> list[Confirmed]:
     feasible = [i for i, r in enumerate(rows) if r.feasible]
-    finalists = sorted(feasible, key=lambda i: rows[i].measured.median)[:N_FINALISTS]
+    finalists = sorted(feasible, key=lambda i: rows[i].share)[:N_FINALISTS]
     again = bench.interleaved([rows[i].plan for i in finalists], 2 * n_repeats, seed=seed + 1)
-    for i, measured in zip(finalists, again, strict=True):
-        rows[i] = replace(rows[i], final=measured)
+    for i, measured, share in zip(finalists, again, paired(again), strict=True):
+        rows[i] = replace(rows[i], final=measured, final_share=share)
     return rows
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import geometric_mean, median
 from typing import TYPE_CHECKING
 
 from ..calibration.collect import run_once
@@ -95,6 +95,19 @@ class Bench:
                 if progress is not None:
                     progress(turn * len(plans) + done + 1, n_total)
         return [Measured(tuple(t)) for t in times]
+
+
+def paired(measured: Sequence[Measured]) -> list[float]:
+    """Each plan's median share of its turn's geometric mean: a slow moment hits a whole turn.
+
+    Comparable within one interleaved run only.
+    """
+    turns = list(zip(*(m.ttft_ms for m in measured), strict=True))
+    means = [geometric_mean(turn) for turn in turns]
+    return [
+        median(ttft_ms / mean for ttft_ms, mean in zip(m.ttft_ms, means, strict=True))
+        for m in measured
+    ]
 
 
 def order_of_turn(n: int, turn: int, seed: int) -> list[int]:

@@ -18,13 +18,28 @@ from ..core.quality import QualityProfile
 from ..core.workload import Workload
 from .baselines import baselines, token_times
 from .objective import Objective, Score
-from .space import Bounds, Mode, Params, neighbours, plan_of, suggest_params
+from .space import (
+    Bounds,
+    Mode,
+    Params,
+    group_edges,
+    neighbours,
+    params_with,
+    plan_of,
+    suggest_params,
+)
 
 if TYPE_CHECKING:
     from ..runtime.runner import Runner
 
 N_STARTUP = 30
 """Trials before TPE models anything, the baselines among them."""
+
+N_EDGES = 8
+"""Ratios at row-group edges that are enqueued after the baselines, at most."""
+
+SEARCHED = ("edge", "tpe", "step")
+"""Origins of trials that are not baselines."""
 
 SAME = 0.002
 """Plans this close in simulated TTFT are the same to the simulator: the plainer one wins."""
@@ -44,7 +59,7 @@ class Trial:
 
     number: int
     origin: str
-    """Name of a baseline, `tpe` or `step`."""
+    """Name of a baseline, or one of `SEARCHED`."""
     params: Params
     plan: ReusePlan
     score: Score
@@ -86,13 +101,20 @@ class Search:
             self.progress(min(len(self.trials), self.n_trials), self.n_trials)
         return score, True
 
+    def edges(self) -> None:
+        """Score some of the ratios that load whole row groups, with the default schedule."""
+        edges = group_edges(self.bounds)
+        step = max(1, -(-len(edges) // N_EDGES))
+        for ratio in edges[::step] if "cachetune" in self.bounds.policies else ():
+            self.score(params_with(self.bounds, policy="cachetune", ratio=ratio), "edge")
+
     def sample(self, seed: int, n_trials: int) -> None:
         """TPE until `n_trials` distinct plans were scored, or no new ones come."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=N_STARTUP, multivariate=True
+            seed=seed % (1 << 32), n_startup_trials=N_STARTUP, multivariate=True
         )
         study = optuna.create_study(
             storage=optuna.storages.InMemoryStorage(), sampler=sampler, direction="minimize"
@@ -187,6 +209,7 @@ def tune(
     search = Search(objective, objective.bounds(), n_trials, progress)
     for known in baselines(search.bounds, profile, workload):
         search.score(known.params, known.name)
+    search.edges()
     search.sample(seed, n_trials)
     for start in _starts(search):
         search.climb(start, n_trials // (2 * N_STARTS))

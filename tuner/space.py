@@ -6,10 +6,12 @@ effect under the chosen policy get their plain value, so that equal plans look e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..core.layout import GROUP_TOKENS
 from ..core.plan import RatioRule, ReusePlan
 from ..core.units import KIB, MIB
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["dag", "serve"]
 Params = dict[str, Any]
-RATIO_DIGITS = 2
-"""Ratios are rounded to this: a finer step moves less than one row group of a usual chunk."""
+RATIO_DIGITS = 3
+"""Ratios are rounded to this: a finer step moves less than one token of a usual chunk."""
 FLOAT_STEPS = (-0.1, -0.03, -0.01, 0.01, 0.03, 0.1)
 
 POLICIES = ("cachetune", "full_recompute", "prefix_cache", "cacheblend", "epic", "full_reuse")
@@ -170,10 +172,32 @@ def neighbours(params: Params, bounds: Bounds) -> Iterator[Params]:
             steps = (value - 1, value + 1, value // 2, value * 2)
         else:
             steps = (knob.low, knob.high, *(value + by for by in FLOAT_STEPS))
+            if knob.name == "ratio":
+                steps = (*steps, *_edges_around(value, bounds))
         for step in steps:
             inside = knob.kind == "choice" or knob.low <= step <= knob.high
             if step != value and inside:
                 yield {**params, name: step}
+
+
+def group_edges(bounds: Bounds) -> list[float]:
+    """Ratios at which whole row groups of the longest chunk are loaded, ascending.
+
+    Reads round up to a group, so between two edges a larger ratio computes more and loads no
+    less: where loading binds, the best ratio lies on an edge.
+    """
+    n = bounds.chunk_tokens
+    rows = range(n // GROUP_TOKENS * GROUP_TOKENS, 0, -GROUP_TOKENS)
+    scale = 10**RATIO_DIGITS
+    edges = [math.ceil((1 - loaded / n) * scale - 1e-9) / scale for loaded in rows]
+    return [edge for edge in edges if edge >= bounds.ratio_min]
+
+
+def _edges_around(ratio: float, bounds: Bounds) -> list[float]:
+    """The edges next to `ratio`, below and above."""
+    edges = group_edges(bounds)
+    below, above = [e for e in edges if e < ratio], [e for e in edges if e > ratio]
+    return below[-1:] + above[:1]
 
 
 def _narrow(knob: Knob, bounds: Bounds) -> Knob:
@@ -193,12 +217,13 @@ def _narrow(knob: Knob, bounds: Bounds) -> Knob:
 def _plain_policy(params: Mapping[str, Any], bounds: Bounds) -> str:
     """The policy by its plain name: a ratio of 1 everywhere is recompute, or prefix reuse."""
     policy: str = params["policy"]
-    if policy != "cachetune":
+    if policy not in ("cachetune", "prefix_cache"):
         return policy
-    if any(_ratios(params, tier, bounds) != (1.0,) for tier in bounds.tiers):
+    partial = any(_ratios(params, tier, bounds) != (1.0,) for tier in bounds.tiers)
+    if policy == "cachetune" and partial:
         return policy
-    exact = {params[f"load_exact.{tier}"] for tier in bounds.tiers}
-    return policy if len(exact) > 1 else "prefix_cache" if exact == {True} else "full_recompute"
+    any_exact = any(params[f"load_exact.{tier}"] for tier in bounds.tiers)
+    return "prefix_cache" if any_exact else "full_recompute"
 
 
 def _rule(params: Mapping[str, Any], policy: str, tier: str, bounds: Bounds) -> RatioRule:

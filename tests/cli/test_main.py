@@ -17,20 +17,6 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line: (exit status, stdout, stderr)."""
-
-    def go(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, out, err
-
-    return go
-
-
-@pytest.fixture
 def profile(tmp_path: Path) -> Path:
     path = tmp_path / "profile.json"
     make_profile(model=make_model(max_position=4096)).write(path)

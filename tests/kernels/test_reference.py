@@ -161,6 +161,21 @@ def test_restore_scatters(seed: int, n: int, bits: int, partial: bool, by_freque
     assert (v_out[:, rest] == 7.0).all()
 
 
+def test_restore_of_many_odd_rows_and_strided_buffers() -> None:
+    """More tokens than one step takes; rows that do not fill 16-byte words; views of a pool."""
+    n, d = 2 * reference.RESTORE_BLOCK + 5, 10
+    k, v = draw(0, n, 3, d), draw(1, n, 3, d)
+    pos = torch.randperm(n + 4, generator=torch.Generator().manual_seed(2))[:n]
+    rope = {"inv_freq": 1e4 ** -(torch.arange(5) / 5.0)}
+    pool = torch.zeros(2, 3, n + 4, d + 7)
+    k_out, v_out = pool[0, ..., 3 : 3 + d], pool[1, ..., 3 : 3 + d]
+    reference.restore(k, v, pos, k_out, v_out, **rope)
+    want = reference.apply_rope(k, *reference.rope_tables(rope["inv_freq"], pos))
+    torch.testing.assert_close(k_out[:, pos].transpose(0, 1), want)
+    assert torch.equal(v_out[:, pos].transpose(0, 1), v)
+    assert not pool[..., :3].any() and not pool[..., 3 + d :].any()
+
+
 @FEW
 @given(
     seeds,

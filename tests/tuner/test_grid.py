@@ -13,7 +13,7 @@ from cachetune.core.plan import ReusePlan
 from cachetune.core.workload import Workload
 from cachetune.tuner import grid as grid_module
 from cachetune.tuner.grid import compare, grid_plans, read_rows, run_grid, write_list
-from cachetune.tuner.measure import Bench, Measured, order_of_turn
+from cachetune.tuner.measure import Bench, Measured, order_of_turn, paired
 
 N_PLANS = 5
 
@@ -126,3 +126,10 @@ def test_turns_are_permutations_that_differ() -> None:
 def test_spread_is_the_distance_of_the_quartiles() -> None:
     assert Measured((10.0, 10.0, 10.0, 10.0)).spread == 0.0
     assert Measured((8.0, 9.0, 10.0, 11.0, 12.0)).spread == pytest.approx(0.2)
+
+
+def test_paired_shares_cancel_slow_turns() -> None:
+    slow_turns = (1.0, 5.0, 1.0)
+    one = Measured(tuple(10.0 * s for s in slow_turns))
+    two = Measured(tuple(40.0 * s for s in slow_turns))
+    assert paired([one, two]) == pytest.approx([0.5, 2.0])

@@ -14,11 +14,10 @@ from cachetune.core.quality import QualityProfile, QualityRow
 from cachetune.core.workload import Workload
 from cachetune.tuner.confirm import shortlist, spearman
 from cachetune.tuner.objective import Objective
-from cachetune.tuner.search import Search, tune
+from cachetune.tuner.search import SEARCHED, Search, tune
 from cachetune.tuner.space import params_with
 
 Tuned = Callable[[str], TunedPlan]
-SEARCHED = ("tpe", "step")
 
 WITHOUT_TORCH = """
 import sys

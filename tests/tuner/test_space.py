@@ -5,10 +5,12 @@ from __future__ import annotations
 import optuna
 import pytest
 from cachetune.core.plan import RatioRule, ReusePlan
+from cachetune.core.policies import n_recomputed
 from cachetune.tuner.space import (
     KNOBS,
     Bounds,
     dimensions,
+    group_edges,
     neighbours,
     params_with,
     plan_of,
@@ -73,6 +75,20 @@ def test_deep_band_recomputes_no_more_and_keeps_the_floor() -> None:
     assert plan_of(params, BOUNDS).rules[0].ratios == (0.5, 0.15)
     params = params_with(BOUNDS, ratio=0.5, n_bands=2, second_band=1.0)
     assert plan_of(params, BOUNDS).rules[0].ratios == (0.5,)
+
+
+def test_edges_load_whole_row_groups() -> None:
+    bounds = Bounds(tiers=("dram",), n_layers=8, chunk_tokens=120, ratio_min=0.15)
+    edges = group_edges(bounds)
+    assert edges == [0.2, 0.467, 0.734]
+    assert [120 - n_recomputed(e, 120) for e in edges] == [96, 64, 32]
+    ratios = {p["ratio.dram"] for p in neighbours(params_with(bounds, ratio=0.3), bounds)}
+    assert {0.2, 0.467} <= ratios
+
+
+def test_prefix_cache_that_loads_nothing_is_recompute() -> None:
+    params = params_with(BOUNDS, policy="prefix_cache", load_exact=False)
+    assert plan_of(params, BOUNDS).policy == "full_recompute"
 
 
 def test_ratio_differs_by_tier() -> None:
