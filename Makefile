@@ -32,8 +32,8 @@ check: $(READY)  ## ruff, and mypy (strict) on core
 	$(RUN) ruff check .
 	$(RUN) mypy -p cachetune.core
 
-soak: $(READY)  ## the slow tests too: full counts of kills, fuzz and load
-	$(RUN) pytest -m "not gpu" --timeout 7200 $(ARGS)
+soak: $(READY)  ## the slow tests: full counts of kills, fuzz, load; goes on where it was stopped
+	$(RUN) pytest -m "slow and not gpu" --timeout 7200 $(ARGS)
 
 bench: $(READY)  ## quality, TTFT and the plan grid; resumable, rows go to results/
 	$(RUN) cachetune bench quality $(ARGS)

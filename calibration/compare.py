@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-SLOW_MS = 1500.0
-"""Runs predicted to take longer are waits on a rate limiter: repeated once, without warm-up."""
+SLOW_MS = 1000.0
+"""Runs predicted to take longer mostly wait on a rate limiter: no warm-up, two repeats."""
+VERY_SLOW_MS = 4000.0
+"""One measurement."""
 
 
 @dataclass
@@ -75,6 +77,15 @@ def predict_rows(
         row.ttft_ms_predicted = mean(times)
 
 
+def turns_of(row: Row, n_repeats: int) -> range:
+    """The turns in which a row runs; turn 0 warms up and is not counted."""
+    if row.ttft_ms_predicted > VERY_SLOW_MS:
+        return range(1, 2)
+    if row.ttft_ms_predicted > SLOW_MS:
+        return range(1, min(2, n_repeats) + 1)
+    return range(n_repeats + 1)
+
+
 def measure_rows(
     runner: Runner,
     workloads: Sequence[Workload],
@@ -85,8 +96,7 @@ def measure_rows(
     """Interleaved repeats after one warm-up; the first row is the baseline of the speed-ups."""
     for turn in range(n_repeats + 1):
         for i, row in enumerate(rows):
-            slow = row.ttft_ms_predicted > SLOW_MS
-            if slow and turn not in (1, n_repeats):
+            if turn not in turns_of(row, n_repeats):
                 continue
             probes = [Probe(row.label, w, row.plan, row.tier) for w in workloads]
             times = [run_once(runner, p).makespan_ns / 1e6 for p in probes]

@@ -67,6 +67,8 @@ class Tally(NamedTuple):
     """Tokens computed over tokens not exact already, at the last layer; counted, not assumed."""
     counts: tuple[int, int, int, int, int, int]
     """Right and asked: cross-chunk, local, all (with those that carry no such label)."""
+    ttft_ms: float = 0.0
+    """Of this very run; not kept in the log."""
 
 
 def all_arms(ratios: Sequence[float] = RATIOS) -> list[Arm]:
@@ -113,11 +115,11 @@ def evaluate(
 def _context(
     runner: Runner, record: TaskRecord, library: Sequence[Tokens], arms: Sequence[Arm]
 ) -> list[Tally]:
-    workload = _workload(record)
-    orders = _ingest(runner, record, library)
+    workload = workload_of(record)
+    orders = ingest_record(runner, record, library)
     indexes = {order: runner.store.index(order) for order in orders}
     tallies = [
-        _ask(runner, workload, record, arm, indexes[arm.order])
+        ask(runner, workload, record, arm, indexes[arm.order])
         for arm in arms
         if arm.order in indexes
     ]
@@ -128,7 +130,7 @@ def _context(
     return tallies
 
 
-def _ingest(runner: Runner, record: TaskRecord, library: Sequence[Tokens]) -> list[str]:
+def ingest_record(runner: Runner, record: TaskRecord, library: Sequence[Tokens]) -> list[str]:
     """Every chunk in every order, once per context; the names of the orders."""
     orders: list[SelectorName] = [s for s in SELECTORS if s != "spread_high_pass"]
     orders.append("chunk_start")
@@ -140,7 +142,8 @@ def _ingest(runner: Runner, record: TaskRecord, library: Sequence[Tokens]) -> li
     return [*orders, *ingest_oracles(runner, record, TIER)]
 
 
-def _workload(record: TaskRecord) -> Workload:
+def workload_of(record: TaskRecord) -> Workload:
+    """One request: the record's chunks, then its questions."""
     ids = [content_id_of(chunk) for chunk in record.chunks]
     request = Request(
         request_id=0,
@@ -158,9 +161,10 @@ def _workload(record: TaskRecord) -> Workload:
     return Workload(name=record.task, contents=contents, requests=(request,))
 
 
-def _ask(
+def ask(
     runner: Runner, workload: Workload, record: TaskRecord, arm: Arm, index: ChunkIndex
 ) -> Tally:
+    """One prompt under one arm: its answers counted, its TTFT measured."""
     request = workload.requests[0]
     result = runner.execute(workload, request, arm.plan(record), index, keep_suffix_logits=True)
     if result.n_read_failures:
@@ -179,4 +183,5 @@ def _ask(
         arm,
         1 - kept / n_reusable,
         (cross_right, n_cross, local_right, n_local, sum(right), len(right)),
+        result.timeline.makespan_ns / 1e6,
     )

@@ -62,11 +62,12 @@ def command(
     from ..calibration.calibrate import Settings, calibrate, open_runner
     from ..calibration.probes import Library, Shape
     from ..core.hardware import HardwareProfile
-    from ..core.record import write_atomic
+    from ..core.record import check_writable, write_atomic
     from ..runtime.loaded_model import load_model
     from ..runtime.machine import provenance_here
     from .console import note, print_json_line, print_table, progress_bar
 
+    check_writable(profile, out / "grid.json")
     loaded = load_model(model)
     with progress_bar() as tell:
         if not profile.exists():

@@ -34,11 +34,12 @@ def command(
     from ..calibration.closed_loop import Load, capacity_rps, compare_at
     from ..calibration.probes import plan_with
     from ..core.hardware import HardwareProfile
-    from ..core.record import write_atomic
+    from ..core.record import check_writable, write_atomic
     from ..runtime.loaded_model import load_model
     from ..runtime.machine import provenance_here
     from .console import note, print_json_line, progress_bar
 
+    check_writable(profile, out)
     loaded = load_model(model)
     load = Load(n_requests=requests)
     plan = plan_with("cachetune", ratio)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..core.plan import ReusePlan, TunedPlan
     from ..core.quality import QualityProfile
     from ..core.workload import Workload
-    from ..runtime.loaded_model import LoadedModel
     from ..runtime.runner import Runner
 
 _Out = Annotated[Path, typer.Option(help="Folder of the report and its data.")]
@@ -52,7 +51,7 @@ def command(
     out: _Out = Path("build/demo"),
     model: _Model = "llama-10m",
     passages: _Passages = 16,
-    passage_tokens: _Tokens = 112,
+    passage_tokens: _Tokens = 104,
     trials: _Trials = 80,
     repeats: _Repeats = 3,
     seed: _Seed = 0,
@@ -61,11 +60,11 @@ def command(
     from ..calibration.calibrate import Settings, calibrate, open_runner
     from ..calibration.compare import single_requests
     from ..calibration.toy_model import shipped_quality
+    from ..calibration.toy_rows import toy_rows
     from ..core.record import check_writable
     from ..runtime.loaded_model import load_model
     from .console import note, progress_bar
     from .demo_output import finish
-    from .demo_toy import toy_rows
 
     started = time.monotonic()
     check_writable(out / "report.html")
@@ -85,7 +84,7 @@ def command(
             plans[PLAN_TIER].write(out / "plan.json")
             rows, sweep = _compare(demo, plans, repeats, tell)
             traces = _traces(demo, plans[PLAN_TIER].plan, out)
-        toy = toy_rows(seed, repeats, tell)
+        toy = toy_rows(seed, progress=tell)
     summary = finish(demo, plans, rows, sweep, toy, traces, out, seed)
     note(f"report: {out}/report.html ({time.monotonic() - started:.0f} s)")
     from .console import print_json_line
@@ -195,11 +194,3 @@ def write_json(path: Path, data: object) -> None:
     from ..core.record import write_atomic
 
     write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
-
-
-def load_toy() -> LoadedModel:
-    """The trained model that ships with the project."""
-    from ..calibration.toy_model import TOY_FOLDER
-    from ..runtime.loaded_model import load_model
-
-    return load_model(TOY_FOLDER)

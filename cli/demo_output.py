@@ -63,7 +63,11 @@ def finish(
     write_json(out / "summary.json", summary)
     write_report(out / "report.html", summary, demo.quality, traces)
     print_table([_cells(r) for r in rows], COLUMNS, "TTFT by policy and tier")
-    print_table(toy, ["policy", "selector", "ratio", "ttft_ms", "speedup", "cross", "local"], TOY)
+    print_table(
+        toy,
+        ["policy", "selector", "recompute_ratio", "ttft_ms", "speedup", "cross", "local", "n"],
+        TOY,
+    )
     print_table(
         [{"tier": t, **v} for t, v in summary["tuned"].items()],
         ["tier", "policy", "selector", "ratios", "ttft_ms_measured", "speedup", "vs_best_fixed"],

@@ -5,13 +5,13 @@ Simulation cannot see quality, so it is measured on tasks and becomes a constrai
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from pydantic import Field
 
 from .errors import CacheTuneError, ProfileError
 from .hardware import Provenance
-from .plan import PolicyName, ReusePlan
+from .plan import PolicyName, ReusePlan, SelectorName
 from .policies import order_of
 from .record import Document, Record
 
@@ -32,6 +32,11 @@ class QualityRow(Record):
     low: float
     high: float
     n: int
+
+    @property
+    def is_deployable(self) -> bool:
+        """False for reference orders (oracles) that need to see the actual prompt."""
+        return self.selector in ("", *get_args(SelectorName))
 
 
 class QualityProfile(Document):

@@ -11,13 +11,16 @@ import errno
 import hashlib
 import json
 import os
-import secrets
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import CacheTuneError, SchemaError
+
+
+TEMP_PREFIX = ".cachetune-"
 
 
 class Record(BaseModel):
@@ -149,15 +152,13 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             target.write_bytes(data)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        temp = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            with open(temp, "xb") as f:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=TEMP_PREFIX) as folder:
+            temp = Path(folder, target.name)
+            with open(temp, "xb") as f:  # not mkstemp, whose files only the owner can read
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temp, target)
-        finally:
-            temp.unlink(missing_ok=True)
     except OSError as e:
         raise _not_writable(path, e) from None
 
@@ -177,12 +178,9 @@ def check_writable(*paths: str | Path | None) -> None:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if _is_special(target):
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temp = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-            try:
-                temp.touch(exist_ok=False)
-            finally:
-                temp.unlink(missing_ok=True)
+            there = next(p for p in target.parents if p.exists())
+            with tempfile.TemporaryDirectory(dir=there, prefix=TEMP_PREFIX) as folder:
+                Path(folder, target.name).touch()
         except OSError as e:
             raise _not_writable(path, e) from None
 

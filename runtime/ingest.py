@@ -16,7 +16,6 @@ from torch import Tensor
 from ..core import selectors
 from ..core.chunk_index import ChunkEntry, chain_id, chunk_key, content_id_of
 from ..core.errors import StoreError, WorkloadError
-from ..core.plan import SelectorName
 from ..core.rng import rng
 from .chunk_store import ChunkStore
 from .transformer import Transformer
@@ -51,7 +50,7 @@ class Ingestor:
         self,
         token_ids: Sequence[int],
         *,
-        selector: SelectorName,
+        selector: str,
         tier: str,
         neighbours: Sequence[Sequence[int]] = (),
         tenant: str = "",
@@ -101,7 +100,7 @@ class Ingestor:
         self,
         chunks: Sequence[Sequence[int]],
         *,
-        selector: SelectorName,
+        selector: str,
         tier: str,
         tenant: str = "",
     ) -> list[ChunkEntry]:
@@ -132,7 +131,7 @@ class Ingestor:
 
     def _order(
         self,
-        selector: SelectorName,
+        selector: str,
         content_id: str,
         ids: Tensor,
         k: Tensor,

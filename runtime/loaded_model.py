@@ -91,18 +91,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     )
 
 
-def _read_weights(folder: Path, dtype: str) -> nn.Module:
+def _read_weights(folder: Path, dtype: str) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise ModelError(
             "the model's weights must be readable and fit its config.json",
             values=f"{folder}: {str(e).strip().splitlines()[0][:160]}",
             remedy="download the model again",
         ) from e
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):  # the library would make them up
+        raise ModelError(
+            "the model's weights must all be there",
+            values=f"{folder} without {missing[0]} (and {len(missing) - 1} more)",
+            remedy="download the model again",
+        )
     return model
 
 
@@ -113,7 +127,8 @@ def random_model(config: Any, dtype: str = "float32", seed: int = 0) -> LoadedMo
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        library: Any = AutoModelForCausalLM
+        model = library.from_config(config, dtype=getattr(torch, dtype))
     return _wrap(model, f"random-{config.model_type}")
 
 

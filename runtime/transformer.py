@@ -7,7 +7,9 @@ through each layer are counted here: tests compare the count with what the polic
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +31,10 @@ class Transformer:
         """Rows that only a check layer projected."""
         self._layers = loaded.layers
         self._scatter = Scatter()
-        self._capture = threading.local()
         self._rope = (torch.empty(0, 1), torch.empty(0, 1))
         self._rope_of: Tensor | None = None
         """Positions whose cos and sin `_rope_here` holds, `[1, n, D]` each."""
         self._rope_here = self._rope
-        for layer in self._layers:
-            attention = layer.self_attn
-            source = getattr(attention, "k_norm", None) or attention.k_proj
-            source.register_forward_hook(self._catch_k)  # type: ignore[union-attr]
-            attention.v_proj.register_forward_hook(self._catch_v)  # type: ignore[union-attr]
 
     def reset_counts(self) -> None:
         """Begin counting rows anew."""
@@ -122,21 +118,40 @@ class Transformer:
             buffer.v.zero_()
         rows = Rows.of(buffer, 0, positions)
         counts = list(self.rows_by_layer)
-        self._capture.k, self._capture.v = [], []
         try:
-            self.run_layers(self.embed(token_ids), [rows], 0, self.spec.n_layers)
-            shape = (self.spec.n_layers, n, self.spec.n_kv_heads, self.spec.head_dim)
-            k = torch.stack(self._capture.k).view(shape)
-            v = torch.stack(self._capture.v).view(shape)
+            with self._catching() as (k_parts, v_parts):
+                self.run_layers(self.embed(token_ids), [rows], 0, self.spec.n_layers)
         finally:
-            self._capture.k = self._capture.v = None
             self.rows_by_layer = counts
-        return buffer, k, v
+        shape = (self.spec.n_layers, n, self.spec.n_kv_heads, self.spec.head_dim)
+        return buffer, torch.stack(k_parts).view(shape), torch.stack(v_parts).view(shape)
 
-    def _catch_k(self, _: object, __: object, output: Tensor) -> None:
-        if getattr(self._capture, "k", None) is not None:
-            self._capture.k.append(output.detach().reshape(-1).clone())
+    @contextmanager
+    def _catching(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Collect K before RoPE and V of every layer that this thread runs.
 
-    def _catch_v(self, _: object, __: object, output: Tensor) -> None:
-        if getattr(self._capture, "v", None) is not None:
-            self._capture.v.append(output.detach().reshape(-1).clone())
+        Hooks are there only meanwhile: those left on the modules would slow every request and
+        keep this object alive as long as the model.
+        """
+        k: list[Tensor] = []
+        v: list[Tensor] = []
+        owner = threading.get_ident()
+
+        def keep(to: list[Tensor]) -> Callable[[object, object, Tensor], None]:
+            def hook(_: object, __: object, output: Tensor) -> None:
+                if threading.get_ident() == owner:
+                    to.append(output.detach().reshape(-1).clone())
+
+            return hook
+
+        handles = []
+        for layer in self._layers:
+            attention: Any = layer.self_attn
+            source = getattr(attention, "k_norm", None) or attention.k_proj
+            handles.append(source.register_forward_hook(keep(k)))
+            handles.append(attention.v_proj.register_forward_hook(keep(v)))
+        try:
+            yield k, v
+        finally:
+            for handle in handles:
+                handle.remove()

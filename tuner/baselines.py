@@ -92,7 +92,7 @@ def baselines(bounds: Bounds, profile: HardwareProfile, workload: Workload) -> l
     Recompute in one op per prompt is among them: the fastest baseline there is without reuse.
     """
     whole = profile.model.n_layers
-    wanted = [
+    wanted: list[tuple[str, Params]] = [
         ("full_recompute", {"policy": "full_recompute", "layer_group": whole}),
         ("prefix_cache", {"policy": "prefix_cache"}),
         ("full_reuse", {"policy": "full_reuse"}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import PlanError
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from ..runtime.runner import Runner
 
 N_FINALISTS = 3
+
+NOISY = 0.05
+"""Spread of the finalists above which the second round is twice as long again."""
+
+HOPELESS = 3.0
+"""Simulated this many times slower than the best, a plan is not run: the simulator errs by far
+less, and on a slow tier such a run takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Report:
 
     rows: tuple[Confirmed, ...]
     best: Confirmed
+    skipped: tuple[str, ...] = ()
+    """Baselines that were hopeless by simulation."""
 
     @property
     def spearman(self) -> float | None:
@@ -75,7 +85,12 @@ class Report:
             }
             for i, row in enumerate(self.rows)
         ]
-        return {"spearman": self.spearman, "best": self.best.name, "rows": rows}
+        return {
+            "spearman": self.spearman,
+            "best": self.best.name,
+            "skipped": list(self.skipped),
+            "rows": rows,
+        }
 
 
 def confirm(
@@ -89,7 +104,7 @@ def confirm(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure a shortlist and every baseline; the best is the fastest feasible one.
+    """Measure a shortlist and the baselines; the best is the fastest feasible one.
 
     Raises:
         PlanError: the search spans several tiers: the runtime places all chunks in one.
@@ -103,7 +118,10 @@ def confirm(
             remedy="tune for one tier, or without confirmation",
         )
     trials = shortlist(search, n_confirm)
-    trials += [t for t in search.trials if t.origin not in SEARCHED and t not in trials]
+    limit_ms = HOPELESS * search.best().score.ttft_ms_mean
+    known = [t for t in search.trials if t.origin not in SEARCHED and t not in trials]
+    trials += [t for t in known if t.score.ttft_ms_mean <= limit_ms]
+    skipped = tuple(_name(t) for t in known if t.score.ttft_ms_mean > limit_ms)
     bench = Bench(runner, workload, tiers[0], n_requests)
     measured = bench.interleaved([t.plan for t in trials], n_repeats, seed=seed, progress=progress)
     rows = [
@@ -113,7 +131,7 @@ def confirm(
     rows = _final_round(bench, rows, n_repeats, seed)
     finalists = [r for r in rows if r.final_share is not None]
     best = min(finalists, key=lambda r: r.final_share or 0.0)
-    return Report(tuple(rows), best)
+    return Report(tuple(rows), best, skipped)
 
 
 def shortlist(search: Search, n: int) -> list[Trial]:
@@ -124,7 +142,8 @@ def shortlist(search: Search, n: int) -> list[Trial]:
     """
     chosen: list[Trial] = []
     effects: set[object] = set()
-    ordered = ranked(search.trials)
+    limit_ms = HOPELESS * search.best().score.ttft_ms_mean
+    ordered = [t for t in ranked(search.trials) if t.score.ttft_ms_mean <= limit_ms]
     for key_of, room in ((_look, (n + 1) // 2), (_hedge, n), (_look, n)):
         seen = {key_of(t.plan) for t in chosen}
         for trial in ordered:
@@ -151,7 +170,9 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 def _final_round(bench: Bench, rows: list[Confirmed], n_repeats: int, seed: int) -> list[Confirmed]:
     feasible = [i for i, r in enumerate(rows) if r.feasible]
     finalists = sorted(feasible, key=lambda i: rows[i].share)[:N_FINALISTS]
-    again = bench.interleaved([rows[i].plan for i in finalists], 2 * n_repeats, seed=seed + 1)
+    noisy = median(rows[i].measured.spread for i in finalists) > NOISY
+    n_final = n_repeats * (4 if noisy else 2)
+    again = bench.interleaved([rows[i].plan for i in finalists], n_final, seed=seed + 1)
     for i, measured, share in zip(finalists, again, paired(again), strict=True):
         rows[i] = replace(rows[i], final=measured, final_share=share)
     return rows

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import PlanError
 from ..core.plan import RatioRule, ReusePlan
-from ..core.record import write_atomic
+from ..core.record import parse_json, write_atomic
 from ..core.workload import Workload
 from .measure import Bench, Measured, Progress, order_of_turn
 
@@ -70,7 +70,7 @@ def write_list(
     path = Path(path)
     if not path.exists():
         write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
-    elif json.loads(path.read_text(encoding="utf-8")) != data:
+    elif _load(path) != data:
         raise PlanError(
             "a grid's list is fixed once it is written",
             values=f"{path} holds another list",
@@ -79,10 +79,38 @@ def write_list(
 
 
 def read_list(path: str | Path) -> tuple[dict[str, Any], list[ReusePlan]]:
-    """(head, plans) of a list."""
-    head = json.loads(Path(path).read_text(encoding="utf-8"))
-    plans = [ReusePlan.model_validate_json(json.dumps(p)) for p in head.pop("plans")]
-    return head, plans
+    """(head, plans) of a list.
+
+    Raises:
+        PlanError: no list is there, or the file holds something else.
+    """
+    try:
+        head = _load(path)
+        plans = [ReusePlan.model_validate_json(json.dumps(p)) for p in head.pop("plans")]
+        return {key: head[key] for key in ("tier", "workload_fingerprint", "seed")}, plans
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise _broken(path) from None
+
+
+def _load(path: str | Path) -> Any:
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise PlanError(
+            "the grid's list must be readable",
+            values=f"{path}: {e.strerror}",
+            remedy="check the path",
+        ) from None
+    except ValueError:
+        raise _broken(path) from None
+
+
+def _broken(path: str | Path) -> PlanError:
+    return PlanError(
+        "the grid's list and rows must be whole",
+        values=f"{path} holds something else",
+        remedy="remove both files and measure again",
+    )
 
 
 def run_grid(
@@ -140,8 +168,11 @@ def read_rows(path: str | Path) -> dict[tuple[int, int], float]:
     if len(whole) != len(data):
         with open(path, "r+b") as file:
             file.truncate(len(whole))
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {(row["plan"], row["turn"]): row["ttft_ms"] for row in rows}
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        return {(row["plan"], row["turn"]): row["ttft_ms"] for row in rows}
+    except (KeyError, TypeError, ValueError):
+        raise _broken(path) from None
 
 
 def result(

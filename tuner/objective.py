@@ -90,13 +90,16 @@ class QualityRule:
     def selectors(self) -> tuple[str, ...]:
         """Stored orders with a measured `cachetune` row, or the default one."""
         rows = self.profile.rows if self.profile is not None else ()
-        known = {row.selector for row in rows if row.policy == "cachetune" and row.selector}
+        known = {
+            r.selector for r in rows if r.policy == "cachetune" and r.selector and r.is_deployable
+        }
         return tuple(sorted(known)) or ("low_pass",)
 
     def _best_measured(self, policy: str) -> float | None:
         """Best over selectors and ratios of the worst task's score; None without rows."""
         assert self.profile is not None
-        rows = [row for row in self.profile.rows if row.policy == policy and row.ratio < 1.0]
+        measured = [row for row in self.profile.rows if row.is_deployable]
+        rows = [row for row in measured if row.policy == policy and row.ratio < 1.0]
         tasks = {row.task for row in self.profile.rows}
         worst: dict[tuple[str, float], list[float]] = {}
         for row in rows:

@@ -201,6 +201,8 @@ def tune(
         ProfileError: a tier or coefficient is missing.
         WorkloadError: a request is longer than the model's context.
     """
+    from ..runtime.machine import provenance_here  # no torch in it
+
     begin_s = time.perf_counter()
     objective = Objective(
         profile, workload, tier, quality, quality_floor, noise_seeds, noise,
@@ -237,7 +239,7 @@ def tune(
         quality_floor=quality_floor if quality is not None else None,
         objective=values,
         evidence=evidence,
-        provenance=profile.provenance.replace(command="cachetune tune", seed=seed),
+        provenance=provenance_here(seed),
     )
 
 
@@ -255,7 +257,7 @@ def oddity(plan: ReusePlan) -> int:
     """How far a plan is from plain: I/O workers, bands, and knobs that differ from the default."""
     plain = ReusePlan()
     schedule = ("layer_group", "look_ahead", "load_order", "restore_stream", "request_bytes")
-    changed = sum(getattr(plan, name) != getattr(plain, name) for name in schedule)
+    changed = sum(int(getattr(plan, name) != getattr(plain, name)) for name in schedule)
     return changed + plan.n_io_workers + max(len(rule.ratios) for rule in plan.rules)
 
 

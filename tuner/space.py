@@ -228,13 +228,16 @@ def _plain_policy(params: Mapping[str, Any], bounds: Bounds) -> str:
 
 def _rule(params: Mapping[str, Any], policy: str, tier: str, bounds: Bounds) -> RatioRule:
     """Exact policies recompute what they do not load; blind reuse recomputes nothing."""
-    ratios = {"full_reuse": (0.0,), "full_recompute": (1.0,), "prefix_cache": (1.0,)}.get(policy)
-    if ratios is None:
+    fixed = {"full_reuse": 0.0, "full_recompute": 1.0, "prefix_cache": 1.0}
+    ratios: tuple[float, ...]
+    if policy in fixed:
+        ratios = (fixed[policy],)
+    elif policy == "epic":  # not read; its ratio is `epic_tokens`
+        ratios = RatioRule().ratios
+    else:
         ratios = _ratios(params, tier, bounds)
         if policy == "cacheblend":  # one check layer, one count for all layers behind it
             ratios = ratios[:1]
-        elif policy == "epic":  # not read; its ratio is `epic_tokens`
-            ratios = RatioRule().ratios
     load_exact = policy != "full_recompute" and params[f"load_exact.{tier}"]
     return RatioRule(tier=tier, ratios=ratios, load_exact=load_exact)
 

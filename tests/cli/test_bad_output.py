@@ -6,8 +6,9 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 from cachetune.core import record
@@ -16,6 +17,7 @@ from cachetune.core.record import check_writable, write_atomic
 
 from .file_cases import Case, snapshot
 
+BENCHES = [("bench", name) for name in ("ttft", "quality", "grid", "serve")]
 OUTPUTS = {"simulate": "trace", "tune": "out"}
 SMALL = {"simulate": {}, "tune": {"trials": 2}}
 
@@ -41,9 +43,7 @@ def test_a_path_that_cannot_be_written(case: Case, name: str, out: str, why: str
     assert f"{why}; free space, or choose another path" in line
 
 
-@pytest.mark.parametrize(
-    "args", [("calibrate", "--model", "llama-tiny"), ("bench", "ttft"), ("bench", "quality")]
-)
+@pytest.mark.parametrize("args", [("calibrate", "--model", "llama-tiny"), *BENCHES])
 def test_it_is_refused_before_anything_is_measured(case: Case, args: tuple[str, ...]) -> None:
     line = case.refused(*args, "--out", case.folder / "plan.json" / "out.json")
     assert "the output file must be writable" in line
@@ -70,7 +70,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 class HalfFull:
     """A file that takes half of what is written, then fails."""
 
-    def __init__(self, file: BinaryIO, error: BaseException) -> None:
+    def __init__(self, file: FileIO, error: BaseException) -> None:
         self.file = file
         self.error = error
 
@@ -82,7 +82,6 @@ class HalfFull:
 
     def write(self, data: bytes) -> int:
         self.file.write(data[: len(data) // 2])
-        self.file.flush()
         raise self.error
 
 
@@ -104,7 +103,7 @@ def test_a_write_that_fails_midway(
         monkeypatch.setattr(record, "open", raising(error), raising=False)
     else:
         monkeypatch.setattr(
-            record, "open", lambda path, mode: HalfFull(open(path, mode), error), raising=False
+            record, "open", lambda path, _: HalfFull(FileIO(path, "x"), error), raising=False
         )
     status, printed, err = case.run(*command(case, "simulate", out))
     monkeypatch.undo()
@@ -133,7 +132,7 @@ def test_an_output_has_the_usual_mode(tmp_path: Path) -> None:
 
 
 def test_the_check_leaves_nothing(tmp_path: Path) -> None:
-    check_writable(tmp_path / "a", None)
+    check_writable(tmp_path / "a", tmp_path / "new" / "folder" / "a", None)
     assert not snapshot(tmp_path)
     with pytest.raises(CacheTuneError, match="must be writable"):
         check_writable(tmp_path / "a", tmp_path)

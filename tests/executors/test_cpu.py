@@ -50,9 +50,9 @@ class StubHandlers:
         self.done: list[int] = []
 
     def _last(self, _: Any, op: Op) -> Outcome:
+        time.sleep(self.op_s)
         if op.op_id in self.fail:
             raise self.fail[op.op_id]
-        time.sleep(self.op_s)
         self.done.append(op.op_id)
         return NOTHING
 
@@ -145,7 +145,7 @@ def test_an_error_in_any_op_reaches_the_caller(failing: int) -> None:
     schedule = planned()
     error = RuntimeError(f"op {failing}")
     with (
-        stub_executor(StubHandlers({schedule.ops[failing].op_id: error}, op_s=0)) as executor,
+        stub_executor(StubHandlers({schedule.ops[failing].op_id: error})) as executor,
         pytest.raises(RuntimeError, match=f"op {failing}"),
     ):
         execute(schedule, executor)

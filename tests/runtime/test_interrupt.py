@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from cachetune.core.plan import ReusePlan
 from cachetune.runtime.runner import Runner
 
@@ -26,33 +25,30 @@ from cachetune.runtime.runner import Runner
 
 loaded, _ = cases.make_twins("llama")
 plan = cases.plan_with("cachetune", 0.3)
-texts = [cases.tokens(64, number) for number in range(6)]
 runner = Runner(loaded, Path(sys.argv[1]), cases.TIERS)
 print("ready", flush=True)
 try:
-    for round_ in range(10**6):
-        chunks = [cases.tokens(64, 10 * round_ + i) for i in range(3)]
+    for number in range(10**6):
+        chunks = [cases.tokens(64, 10 * number + i) for i in range(3)]
         workload = cases.prompt_workload([(*chunks, cases.tokens(8))] * 3, n_output=4)
         runner.prepare(workload, plan, "file")
         runner.serve(workload, plan, runner.index(plan))
-        if round_ == 0:
+        if number == 0:
             print("served", flush=True)
 except KeyboardInterrupt:
     alive = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
     print("interrupted, threads left:", alive, flush=True)
-    if "hard" not in sys.argv:
-        runner.close()
-    sys.exit(130)
+    sys.exit(130)  # the store is not closed
 """
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+def start(folder: Path) -> subprocess.Popen[str]:
     package = __package__ or "tests.runtime"
     paths = [str(ROOT), str(ROOT / ".typing"), str(ROOT / "tests")]
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(package=package), str(folder), *flags],
+        [sys.executable, "-c", SCRIPT.format(package=package), str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -60,18 +56,16 @@ def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("flags", [(), ("hard",)], ids=["closed", "not closed"])
-def test_ctrl_c_leaves_a_store_that_opens_clean(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    process = start(tmp_path, *flags)
+def test_ctrl_c_leaves_a_store_that_opens_clean(tmp_path: Path) -> None:
+    process = start(tmp_path)
     assert process.stdout is not None
     while (line := process.stdout.readline()) not in ("served\n", ""):
         pass
-    time.sleep(random.Random(len(flags)).uniform(0.05, 0.3))
+    time.sleep(random.Random().uniform(0.0, 0.3))  # anywhere in a round: each must do
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, line + out + errors
     assert "interrupted, threads left: []" in out, out + errors
-    assert not list((tmp_path / "chunks").glob("*.tmp")) or flags
     loaded, _ = cases.make_twins("llama")
     plan = cases.plan_with("cachetune", 0.3)
     with Runner(loaded, tmp_path, TIERS) as runner:

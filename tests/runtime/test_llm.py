@@ -230,3 +230,12 @@ def test_a_ratio_per_tier_holds_where_the_chunk_lies(loaded: LoadedModel) -> Non
         with LLM(loaded, ReusePlan(rules=rules), tier=tier) as llm:
             llm.ingest(IDS.chunks)
             assert llm.generate([IDS])[0].n_reused_tokens == 40 + 33 - recomputed
+
+
+def test_objects_on_one_model_leave_nothing_on_it(loaded: LoadedModel) -> None:
+    """Hooks of closed objects would slow every request and never be freed."""
+    for _ in range(2):
+        with LLM(loaded) as llm:
+            llm.ingest(IDS.chunks)
+            llm.generate([IDS])
+    assert not [m for m in loaded.hf.modules() if m._forward_hooks]

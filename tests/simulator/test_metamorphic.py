@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from cachetune.core.block_pool import BlockPool
 from cachetune.core.engine import Engine, schedule_of
 from cachetune.core.executor import execute, serve
 from cachetune.core.generators import rag_workload
-from cachetune.core.hardware import HardwareProfile
+from cachetune.core.hardware import HardwareProfile, Tier
 from cachetune.core.invariants import check
 from cachetune.core.metrics import littles_law, per_request, summary
 from cachetune.core.ops import Outcome, Schedule
@@ -49,7 +50,9 @@ def random_plan(draw: random.Random) -> ReusePlan:
     return ReusePlan(**knobs)
 
 
-def random_workload(draw: random.Random, n_requests: int = 12) -> Workload:
+def random_workload(
+    draw: random.Random, n_requests: int = 12, vocab_size: int | None = None
+) -> Workload:
     return rag_workload(
         "fuzz",
         draw.randrange(1000),
@@ -60,6 +63,7 @@ def random_workload(draw: random.Random, n_requests: int = 12) -> Workload:
         suffix_tokens=(1, 20),
         output_tokens=(1, 9),
         rate_rps=draw.choice([None, 3e3, 1e5]),
+        vocab_size=vocab_size,
     )
 
 
@@ -124,12 +128,21 @@ def test_scaling_all_costs_and_gaps_scales_all_times(seed: int, factor: int):
     assert [m.ttft_ms for m in after] == pytest.approx([factor * m.ttft_ms for m in before])
 
 
-def fuzz(seed: int, outcomes: dict[int, Outcome]) -> Timeline:
-    """A random workload under a random plan, checked against every law there is."""
+def fuzz(
+    seed: int,
+    outcomes: dict[int, Outcome],
+    tiers: Mapping[str, Tier] | None = None,
+    coefficients_s: Mapping[str, float] | None = None,
+) -> Timeline:
+    """A random workload under a random plan, checked against every law there is.
+
+    With `tiers` and `coefficients_s`, on that machine instead of the usual one.
+    """
     draw = random.Random(seed)
     workload, plan = random_workload(draw), random_plan(draw)
     model = make_model(n_layers=draw.choice([1, 3, 4, 8]), sliding_window=draw.choice([None, 16]))
-    profile = make_profile(model=model, coefficients_s={"dispatch.gap": draw.choice([0.0, 5e-9])})
+    costs = {"dispatch.gap": draw.choice([0.0, 5e-9]), **(coefficients_s or {})}
+    profile = make_profile(model=model, tiers=tiers, coefficients_s=costs)
     index = make_index(workload, tier=draw.choice(["dram", "disk"]), model=model)
     for request in draw.sample(workload.requests, 3):
         if len(request.chunks) > 1:

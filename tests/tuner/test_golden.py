@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from cachetune.core.errors import PlanError
 from cachetune.core.plan import RatioRule, ReusePlan
-from cachetune.tuner.golden import Variant, golden_section, with_ratio
+from cachetune.core.workload import Workload
+from cachetune.tuner import golden
+from cachetune.tuner.golden import Variant, golden_on_runtime, golden_section, with_ratio
 
 VARIANTS: tuple[Variant, ...] = ("reinitialised", "paper")
 
@@ -55,6 +57,28 @@ def test_bad_bracket() -> None:
         golden_section(layer_time, 0.5, tol=0.0)
     with pytest.raises(PlanError, match="ratio_min"):
         golden_section(layer_time, 0.5, ratio_min=0.9, ratio_max=0.9)
+
+
+class FakeBench:
+    """`layer_time` of a plan's ratio; two requests make one measurement."""
+
+    def __init__(self, *_: object) -> None:
+        self.n_runs = 0
+
+    def once(self, plan: ReusePlan) -> float:
+        self.n_runs += 2
+        return layer_time(plan.rules[0].ratios[0])
+
+
+def test_runs_on_the_runtime_are_counted(
+    monkeypatch: pytest.MonkeyPatch, workload: Workload
+) -> None:
+    monkeypatch.setattr(golden, "Bench", FakeBench)
+    found = golden_on_runtime(None, workload, "mid", 0.41, n_repeats=5)  # type: ignore[arg-type]
+    assert found.ratio == pytest.approx(0.6, abs=0.01)
+    assert found.n_measurements == len(found.probes)
+    assert found.n_runs == found.n_measurements * 5 * 2
+    assert found.to_json()["probes"][0] == [0.41, layer_time(0.41)]
 
 
 def test_only_the_ratio_changes() -> None:

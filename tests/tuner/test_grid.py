@@ -12,7 +12,7 @@ from cachetune.core.errors import PlanError
 from cachetune.core.plan import ReusePlan
 from cachetune.core.workload import Workload
 from cachetune.tuner import grid as grid_module
-from cachetune.tuner.grid import compare, grid_plans, read_rows, run_grid, write_list
+from cachetune.tuner.grid import compare, grid_plans, read_list, read_rows, run_grid, write_list
 from cachetune.tuner.measure import Bench, Measured, order_of_turn, paired
 
 N_PLANS = 5
@@ -133,3 +133,24 @@ def test_paired_shares_cancel_slow_turns() -> None:
     one = Measured(tuple(10.0 * s for s in slow_turns))
     two = Measured(tuple(40.0 * s for s in slow_turns))
     assert paired([one, two]) == pytest.approx([0.5, 2.0])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("data", [b'{"tier": "m', b"[]\n", b'{"tier": "mid"}\n', b"\xff\n"])
+def test_a_broken_file_is_said(
+    run: Run, paths: tuple[Path, Path], which: int, data: bytes, workload: Workload
+) -> None:
+    if which == 1 and not data.endswith(b"\n"):
+        data += b"\n"  # a last line without an end was cut short, and is measured again
+    paths[which].write_bytes(data)
+    with pytest.raises(PlanError, match=f"must be whole, got {paths[which]}"):
+        run()
+    if which == 0:
+        with pytest.raises(PlanError, match=r"whole|fixed"):
+            write_list(paths[0], grid_plans(), "mid", workload)
+    assert paths[which].read_bytes() == data
+
+
+def test_a_list_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="list must be readable"):
+        read_list(tmp_path / "none.json")

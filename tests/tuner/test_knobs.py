@@ -14,6 +14,7 @@ from cachetune.core.ops import Span
 from cachetune.core.plan import RatioRule, ReusePlan
 from cachetune.core.policies import n_recomputed
 from cachetune.core.workload import Workload
+from cachetune.tuner.measure import Bench
 
 torch = pytest.importorskip("torch")
 
@@ -263,3 +264,12 @@ def test_max_num_seqs(runner: Runner, work: Workload, n: int) -> None:
     assert len(lives) == 4
     assert (most > 1) == (n > 1)
     assert most <= n
+
+
+def test_plans_are_measured_interleaved(runner: Runner, work: Workload) -> None:
+    """What confirmation, grid and golden section stand on."""
+    bench = Bench(runner, work, "dram")
+    found = bench.interleaved([plan_of(0.2), plan_of(0.9), plan_of(0.2, selector="random")], 2)
+    assert [len(m.ttft_ms) for m in found] == [2, 2, 2]
+    assert bench.n_runs == 3 * (2 + 1)
+    assert all(m.median > 0 for m in found)
