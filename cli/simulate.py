@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..core.chunk_index import ChunkIndex
     from ..core.hardware import HardwareProfile
     from ..core.plan import ReusePlan
     from ..core.workload import Workload
@@ -87,11 +86,12 @@ def simulate(
     from ..core.block_pool import BlockPool
     from ..core.engine import Engine
     from ..core.executor import serve
+    from ..core.warm_index import warm_index
     from ..simulator.executor import SimExecutor
 
     where = tier if tier is not None else fastest_tier(machine)
     work.check_fits(machine.model)
-    index = filled_index(work, machine, where)
+    index = warm_index(work, machine, [where])
     engine = Engine(work, machine.model, plan, index, BlockPool(n_kv_blocks(machine)))
     timeline = serve(work, engine, SimExecutor(machine, seed=seed, noise=noise))
     invariants.check(timeline, work)
@@ -150,21 +150,6 @@ def fastest_tier(machine: HardwareProfile) -> str:
     if not machine.tiers:
         raise ProfileError("the profile must have a tier", values="none", remedy="calibrate again")
     return min(sorted(machine.tiers), key=lambda name: -machine.tiers[name].link_bytes_per_s)
-
-
-def filled_index(work: Workload, machine: HardwareProfile, tier: str) -> ChunkIndex:
-    """Every content of `work` kept in `tier`, encoded alone, for each tenant that asks for it."""
-    from ..core.chunk_index import ChunkEntry, ChunkIndex
-    from ..core.layout import chunk_bytes
-
-    index = ChunkIndex({tier: machine.tier(tier).capacity_bytes})
-    asked = sorted({(r.tenant, c) for r in work.requests for c in r.chunks})
-    for tenant, content_id in asked:
-        n_tokens = work.contents[content_id].n_tokens
-        n_bytes = chunk_bytes(machine.model, n_tokens)
-        key = f"{tenant}/{content_id}"
-        index.add(ChunkEntry(key, content_id, n_tokens, n_bytes, tier), tenant)
-    return index
 
 
 def n_kv_blocks(machine: HardwareProfile, block_tokens: int = 16) -> int:

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import CacheTuneError, SchemaError
 
-
 TEMP_PREFIX = ".cachetune-"
 
 

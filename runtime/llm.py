@@ -158,7 +158,7 @@ class LLM:
         here = device_here(compute_threads).fingerprint()
         differs = tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
         if differs:
-            log.warning(differs)
+            log.warning("%s", differs)
         return tuned.plan
 
     def _ids(self, text: Text) -> list[int]:

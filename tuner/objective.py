@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.block_pool import BlockPool
-from ..core.chunk_index import ChunkEntry, ChunkIndex
+from ..core.chunk_index import ChunkIndex
 from ..core.engine import Engine, schedule_of
 from ..core.errors import PlanError
 from ..core.executor import execute, serve
 from ..core.hardware import HardwareProfile
-from ..core.layout import chunk_bytes
 from ..core.metrics import per_request
 from ..core.ops import Op, Schedule
 from ..core.plan import ReusePlan
 from ..core.policies import order_of
 from ..core.quality import EXACT_POLICIES, QualityProfile, smallest_ratio
 from ..core.units import ns_to_ms
+from ..core.warm_index import warm_index
 from ..core.workload import Request, Workload
 from ..simulator.executor import SimExecutor
 from .space import POLICIES, Bounds, Mode
@@ -147,7 +147,7 @@ class Objective:
         longest = max((c.n_tokens for c in workload.contents.values()), default=1)
         self.rule = QualityRule(quality, quality_floor, ratio_min, longest)
         self.n_simulated = 0
-        self._index = filled_index(workload, profile, self.tiers)
+        self._index = warm_index(workload, profile, self.tiers)
         self._parts = [
             (cut(workload, request), count)
             for request, count in sample_requests(workload, self._index, max_requests)
@@ -208,7 +208,7 @@ class Objective:
             self.n_simulated += 1
             times: list[float] = []
             for seed in self.seeds:
-                index = filled_index(self.workload, self.profile, self.tiers)
+                index = warm_index(self.workload, self.profile, self.tiers)
                 model, pool = self.profile.model, BlockPool(KV_BLOCKS)
                 engine = Engine(self.workload, model, plan, index, pool)
                 executor = SimExecutor(self.profile, seed=seed, noise=self.noise)
@@ -216,23 +216,6 @@ class Objective:
                 times += [m.ttft_ms for m in per_request(timeline, self.workload)]
             self._ttft_ms[key] = tuple(times)
         return self._ttft_ms[key]
-
-
-def filled_index(workload: Workload, profile: HardwareProfile, tiers: Sequence[str]) -> ChunkIndex:
-    """Every content encoded alone and kept, in `tiers` by turns, for each tenant that asks.
-
-    Raises:
-        ProfileError: no such tier.
-    """
-    index = ChunkIndex({name: profile.tier(name).capacity_bytes for name in tiers})
-    asked = sorted({(r.tenant, c) for r in workload.requests for c in r.chunks})
-    for number, (tenant, content_id) in enumerate(asked):
-        n_tokens = workload.contents[content_id].n_tokens
-        n_bytes = chunk_bytes(profile.model, n_tokens)
-        tier = tiers[number % len(tiers)]
-        key = f"{tenant}/{content_id}"
-        index.add(ChunkEntry(key, content_id, n_tokens, n_bytes, tier), tenant)
-    return index
 
 
 def sample_requests(workload: Workload, index: ChunkIndex, n: int) -> list[tuple[Request, int]]:

@@ -89,6 +89,16 @@ class Search:
     trials: list[Trial] = field(default_factory=list)
     _known: dict[str, Score] = field(default_factory=dict)
 
+    def run(self, seed: int, profile: HardwareProfile, workload: Workload) -> Trial:
+        """Baselines, row-group edges, TPE, then single steps from the best structures."""
+        for known in baselines(self.bounds, profile, workload):
+            self.score(known.params, known.name)
+        self.edges()
+        self.sample(seed, self.n_trials)
+        for start in _starts(self):
+            self.climb(start, self.n_trials // (2 * N_STARTS))
+        return self.best()
+
     def score(self, params: Params, origin: str) -> tuple[Score, bool]:
         """(score, whether the plan is new); a plan that was scored before is not a trial."""
         plan = plan_of(params, self.bounds)
@@ -209,13 +219,7 @@ def tune(
         ratio_min=ratio_min, mode=mode,
     )  # fmt: skip
     search = Search(objective, objective.bounds(), n_trials, progress)
-    for known in baselines(search.bounds, profile, workload):
-        search.score(known.params, known.name)
-    search.edges()
-    search.sample(seed, n_trials)
-    for start in _starts(search):
-        search.climb(start, n_trials // (2 * N_STARTS))
-    best = search.best()
+    best = search.run(seed, profile, workload)
     seconds = time.perf_counter() - begin_s
     evidence = _evidence(search, profile, workload, seed) | {"seconds": seconds}
     plan, values = best.plan, {"ttft_ms_mean": best.score.ttft_ms_mean}
