@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "soak"
 
-SOAKS = {"kills": 300, "fuzz_simulated": 2000, "fuzz_real": 300, "load": 20, "bitflips": 128}
+SOAKS = {"kills": 600, "fuzz_simulated": 2000, "fuzz_real": 600, "load": 30, "bitflips": 128}
 """Rounds of a full run, by name."""
 
 FAILURES_MAX = 10
@@ -168,9 +169,15 @@ def _summed(log: SoakLog, n_rounds: int) -> dict[str, Any]:
 
 def summary_text(summary: dict[str, Any]) -> str:
     """JSON that is short to look at: one line per row of a soak's table."""
-    text = json.dumps(summary, indent=1)
-    for soak in summary["soaks"].values():
-        for row in (soak["columns"], *soak["rows"]):
-            lines = json.dumps(row, indent=1).replace("\n", "\n    ")
-            text = text.replace(lines, json.dumps(row, separators=(",", ":")), 1)
-    return text + "\n"
+    lines: list[str] = []
+
+    def held(row: Sequence[Any]) -> str:
+        lines.append(json.dumps(row, separators=(",", ":")))
+        return f"@{len(lines) - 1}@"
+
+    soaks = {
+        name: {**s, "columns": held(s["columns"]), "rows": [held(r) for r in s["rows"]]}
+        for name, s in summary["soaks"].items()
+    }
+    text = json.dumps({**summary, "soaks": soaks}, indent=1)
+    return re.sub(r'"@(\d+)@"', lambda m: lines[int(m[1])], text) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,6 +148,7 @@ def test_tuning_needs_no_torch(
     profile.write(profile_path)
     workload.write(workload_path)
     code = [sys.executable, "-c", WITHOUT_TORCH, profile_path, workload_path]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=60, check=False)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(code, capture_output=True, text=True, timeout=60, check=False, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["cachetune", "False"]
