@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import random
 import signal
 import time
@@ -28,17 +27,21 @@ def kill_one(root: Path, loaded: LoadedModel, number: int, draw: random.Random) 
     phase = mmap.mmap(-1, 1)
     ours, theirs = context.Pipe()
     child = context.Process(
-        target=kill_cases.work_forever, args=(root, loaded, number, phase, theirs)
+        target=kill_cases.work_forever, args=(root, loaded, number, phase, theirs), daemon=True
     )
+    # Ctrl-C inside the hooks of a fork would be swallowed; it waits until the fork is done.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child.start()
-    assert child.pid is not None
-    if number % 10 == 9:
-        time.sleep(draw.uniform(0, 0.03))
-    else:
-        assert ours.poll(60), "the process did not get ready"
-        time.sleep(draw.uniform(0.0, 0.5))
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if number % 10 == 9:
+            time.sleep(draw.uniform(0, 0.03))
+        else:
+            assert ours.poll(60), "the process did not get ready"
+            time.sleep(draw.uniform(0.0, 0.5))
+    finally:
+        child.kill()
+        child.join()
     code = child.exitcode
     child.close()
     ours.close()
