@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..core.model_spec import ModelSpec
 from ..core.ops import OpKind
 from ..simulator.cost import DISPATCH_GAP
 from .collect import Measured, collect, run_once
-from .fit import Sample, dispatch_gap, fit_kind, report, solve
+from .fit import Sample, dispatch_gap, extras_of, fit_kind, report, solve
 from .probes import Library, Probe, Shape, ladder, plan_with
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 RHOS = (0.1, 0.7, 4.0, 25.0)
 """Transfer over recompute time per token: an H200 with PCIe, NVMe, 10 Gbps and HDD."""
+
+PROBED_RHO = 1.0
+"""Slower tiers are not probed: their loads follow from the limit."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,7 +43,7 @@ class Settings:
 
     max_tokens: int = 1024
     """Longest probe prompt; held-out checks go to twice it."""
-    n_repeats: int = 3
+    n_repeats: int = 6
     rhos: tuple[float, ...] = RHOS
     compute_threads: int = 1
     seed: int = 0
@@ -113,7 +116,9 @@ def calibrate(
         configs = tier_configs(loaded.spec, token_s, settings.rhos)
         with Runner(loaded, folder, configs, compute_threads=threads) as runner:
             fast = [c.name for c in configs if c.limit_bytes_per_s is None]
-            probes = ladder(library, [*fast, rho_tier(settings.rhos[0])], settings.max_tokens)
+            # Limited tiers too: an op that waited finds other things in the caches.
+            waiting = [rho_tier(rho) for rho in settings.rhos if rho < PROBED_RHO]
+            probes = ladder(library, [*fast, *waiting], settings.max_tokens)
             measured = collect(
                 runner,
                 probes,
@@ -122,8 +127,8 @@ def calibrate(
             )
             unbuffered = {c.name: runner.store.is_unbuffered(c.name) for c in configs}
     device = device_here(threads)
-    coefficients, fits = fit_all(measured, loaded.spec, settings.seed)
     tiers, load, load_fit = fit_tiers(measured, configs, settings.rhos, unbuffered)
+    coefficients, fits = fit_all(measured, loaded.spec, tiers, settings.seed)
     coefficients["load.op"] = load
     fits["load"] = load_fit
     return HardwareProfile(
@@ -148,14 +153,18 @@ def recompute_s_per_token(runner: Runner, library: Library, settings: Settings) 
 
 
 def fit_all(
-    measured: Sequence[Measured], model: ModelSpec, seed: int
+    measured: Sequence[Measured], model: ModelSpec, tiers: Mapping[str, Tier], seed: int
 ) -> tuple[dict[str, Coefficient], dict[str, FitReport]]:
-    """Every kind but load."""
+    """Every kind but load. Interference is fitted where there is most of it."""
     samples: dict[OpKind, list[Sample]] = {}
     for one in measured:
+        extras = [extras_of(t, tiers) for t in one.timelines]
         for op in one.ops():
             if op.kind != "load" and (op.n_tokens or op.kind == "head"):
-                samples.setdefault(op.kind, []).append(Sample(op, one.median_ns(op.op_id) / 1e9))
+                names = {name for found in extras for name in found[op.op_id]}
+                beside = {n: mean(f[op.op_id].get(n, 0.0) for f in extras) for n in names}
+                sample = Sample(op, one.median_ns(op.op_id) / 1e9, beside)
+                samples.setdefault(op.kind, []).append(sample)
     coefficients: dict[str, Coefficient] = {}
     fits: dict[str, FitReport] = {}
     for kind, found in sorted(samples.items()):

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear, nnls
 
-from ..core.hardware import Coefficient, FitReport
+from ..core.hardware import Coefficient, FitReport, Tier
 from ..core.model_spec import ModelSpec
 from ..core.ops import Op, OpKind, Span
 from ..core.rng import rng
 from ..core.timeline import Timeline
-from ..simulator.cost import DISPATCH_GAP, FEATURES, features
+from ..simulator.cost import (
+    DISPATCH_GAP,
+    FEATURES,
+    WAKE_AFTER_NS,
+    features,
+    wake_coefficient,
+)
+from ..simulator.interference import LOSES_TO, coefficient_of, source_of
 
 N_BOOTSTRAP = 200
-UNITS = {"op": "s", "layer": "s", "piece": "s", "row": "s", "row_layer": "s", "gap": "s"}
+MOST_LOST = 0.9
+"""Upper bound of a share of speed that one source can cost."""
+INTERFERED: tuple[OpKind, ...] = ("prefill", "restore")
+"""Kinds that interference is fitted on; others of their stream suffer the same."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,8 @@ class Sample:
 
     op: Op
     seconds: float
+    extras: Mapping[str, float] = field(default_factory=dict)
+    """By coefficient, what the op's sizes do not tell: seconds beside others, waking up."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +56,20 @@ def fit_kind(kind: OpKind, samples: Sequence[Sample], model: ModelSpec, seed: in
         samples: at least one; ops without rows are left out by the caller.
         seed: of the bootstrap.
     """
-    names = FEATURES[kind]
+    names = list(FEATURES[kind])
     rows = [features(s.op, model) for s in samples]
+    for extra in sorted({extra for s in samples for extra in s.extras}):
+        names.append(extra)
+        for row, sample in zip(rows, samples, strict=True):
+            row[extra] = sample.extras.get(extra, 0.0)
     x = np.array([[row[name] for name in names] for row in rows])
     y = np.array([s.seconds for s in samples])
-    value = solve(x, y)
+    upper = [MOST_LOST if n.startswith("interference.") else np.inf for n in names]
+    value = solve(x, y, upper)
     draws = rng(seed, "bootstrap", kind)
     boot = np.array(
         [
-            solve(x[pick], y[pick])
+            solve(x[pick], y[pick], upper)
             for pick in (draws.integers(0, len(y), len(y)) for _ in range(N_BOOTSTRAP))
         ]
     )
@@ -69,13 +86,18 @@ def fit_kind(kind: OpKind, samples: Sequence[Sample], model: ModelSpec, seed: in
     return Fit(coefficients, report(y, x @ value))
 
 
-def solve(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Non-negative coefficients that minimise the sum of squared *relative* residuals."""
+def solve(
+    x: NDArray[np.float64], y: NDArray[np.float64], upper: Sequence[float] | None = None
+) -> NDArray[np.float64]:
+    """Coefficients in [0, upper] that minimise the sum of squared *relative* residuals."""
     scale = np.abs(x).max(axis=0)
     scale[scale == 0] = 1.0
     weight = 1.0 / np.maximum(y, 1e-9)
-    found: NDArray[np.float64] = nnls(x / scale * weight[:, None], y * weight)[0] / scale
-    return found
+    a, b = x / scale * weight[:, None], y * weight
+    if upper is None or not np.isfinite(upper).any():
+        return np.asarray(nnls(a, b)[0] / scale)
+    limits = np.maximum(np.asarray(upper) * scale, 1e-12)
+    return np.asarray(lsq_linear(a, b, bounds=(0.0, limits)).x / scale)
 
 
 def report(y: NDArray[np.float64], predicted: NDArray[np.float64]) -> FitReport:
@@ -87,6 +109,37 @@ def report(y: NDArray[np.float64], predicted: NDArray[np.float64]) -> FitReport:
         r2=1.0 - residual / spread if spread > 0 else 1.0,
         error_median=float(median(np.abs(predicted - y) / y)),
     )
+
+
+def extras_of(timeline: Timeline, tiers: Mapping[str, Tier]) -> dict[int, dict[str, float]]:
+    """By op id: seconds beside each source of interference, and 1 where a stream had to wake."""
+    found = {}
+    for spans in timeline.by_stream().values():
+        idle_since_ns: int | None = None
+        for span in spans:
+            extras = _beside_s(timeline, span, tiers)
+            woke = idle_since_ns is None or span.start_ns - idle_since_ns >= WAKE_AFTER_NS
+            extras[wake_coefficient(span.op.kind)] = float(woke)
+            found[span.op.op_id] = extras
+            idle_since_ns = span.end_ns
+    return found
+
+
+def _beside_s(timeline: Timeline, span: Span, tiers: Mapping[str, Tier]) -> dict[str, float]:
+    """Seconds of `span` during which each source of interference was active on another stream."""
+    found: dict[str, float] = {}
+    if span.op.kind not in INTERFERED:
+        return found
+    loses_to = LOSES_TO.get(span.op.stream, ())
+    for other in timeline.spans:
+        if other.op.stream == span.op.stream:
+            continue
+        source, strength = source_of(other.op, tiers)
+        if source in loses_to:
+            both_ns = min(span.end_ns, other.end_ns) - max(span.start_ns, other.start_ns)
+            name = coefficient_of(span.op.stream, source)
+            found[name] = found.get(name, 0.0) + max(0, both_ns) * strength / 1e9
+    return {k: min(v, span.duration_ns / 1e9) for k, v in found.items()}
 
 
 def dispatch_gap(timelines: Sequence[Timeline]) -> Coefficient:
@@ -112,6 +165,8 @@ def _ready(spans: Sequence[Span], ended: dict[int, int]) -> list[tuple[Span, int
 
 def _unit(name: str) -> str:
     feature = name.split(".", 1)[1]
+    if name.startswith("interference."):
+        return "share of speed"
     if feature.endswith("flop"):
         return "s/flop"
-    return "s/byte" if feature == "byte" else UNITS[feature]
+    return "s/byte" if feature == "byte" else "s"

@@ -18,6 +18,8 @@ from ..core.rng import rng
 from ..core.workload import Content, Request, Workload
 
 DECODE_STEPS = 4
+SHELF = 100
+LEAST_CHUNK_TOKENS = 24
 SLOW_RHO = 2.0
 """Slower tiers get shorter held-out prompts: their loads only wait for a rate limiter."""
 
@@ -59,9 +61,13 @@ class Library:
         draw = rng(self.seed, "library", n_tokens, number)
         return tuple(int(t) for t in draw.integers(0, self.model.vocab_size, n_tokens))
 
-    def workload(self, shape: Shape, batch: int = 1, n_decode: int = 0) -> Workload:
-        """`batch` requests of that shape over the same chunks, each rotated by one more."""
-        texts = [self.chunk(shape.chunk_tokens, i) for i in range(shape.n_chunks)]
+    def workload(self, shape: Shape, batch: int = 1, n_decode: int = 0, shelf: int = 0) -> Workload:
+        """`batch` requests of that shape over the same chunks, each rotated by one more.
+
+        Workloads of different shelves share no chunk.
+        """
+        first = SHELF * shelf
+        texts = [self.chunk(shape.chunk_tokens, first + i) for i in range(shape.n_chunks)]
         names = [content_id_of(t) for t in texts]
         contents = {
             name: Content(n_tokens=len(t), token_ids=t)
@@ -99,10 +105,11 @@ def ladder(library: Library, tiers: Sequence[str], max_tokens: int) -> list[Prob
         Shape(4, size, 48),
         Shape(7, size, 32),
         Shape(7, size // 2, 96),
+        Shape(12, size // 3, 24),
     ]
     probes = []
     for s, shape in enumerate(shapes):
-        workload = library.workload(shape)
+        workload = library.workload(shape, shelf=s)
 
         def add(plan: ReusePlan, tier: str, *, of: Workload = workload, at: int = s) -> None:
             probes.append(Probe(f"{at}.{plan.policy}.{tier}.{len(probes)}", of, plan, tier))
@@ -110,11 +117,19 @@ def ladder(library: Library, tiers: Sequence[str], max_tokens: int) -> list[Prob
         add(plan_with("full_recompute", 1.0, layer_group=1 + s), tiers[0])
         for i, ratio in enumerate((0.0, 0.05, 0.15, 0.4, 0.8)):
             tier = tiers[(s + i) % len(tiers)]
-            stream = "restore" if (s + i) % 2 else "compute"
-            add(plan_with("cachetune", ratio, restore_stream=stream, layer_group=1 + i % 3), tier)
+            knobs = {
+                "restore_stream": "restore" if (s + i) % 3 else "compute",
+                "layer_group": 1 + i % 3,
+                "n_io_workers": 1 + (s + i) % 3,
+                "look_ahead": 1 + i % 4,
+            }
+            add(plan_with("cachetune", ratio, **knobs), tier)
         add(plan_with("cachetune", 0.15, load_order="chunk", n_io_workers=2), tiers[s % len(tiers)])
         add(plan_with("cacheblend", 0.15), tiers[s % len(tiers)])
-    return probes + decode_ladder(library, tiers[0], max_tokens)
+    probes += decode_ladder(library, tiers[0], max_tokens)
+    # Probes of one shape behind one another would find its chunks and weights in the CPU's caches.
+    order = rng(library.seed, "ladder").permutation(len(probes))
+    return [probes[i] for i in order]
 
 
 def decode_ladder(library: Library, tier: str, max_tokens: int) -> list[Probe]:
@@ -166,11 +181,13 @@ def _draw(
     draw: np.random.Generator,
     number: int,
 ) -> Probe:
-    n_chunks = int(draw.integers(2, 13))
-    batch = int(draw.choice([1, 1, 1, 2, 3]))
+    # A short prompt is not cut into crumbs.
+    most = max(2, int(longest) // (2 * LEAST_CHUNK_TOKENS))
+    n_chunks = min(int(draw.integers(2, 13)), most)
+    batch = min(int(draw.choice([1, 1, 1, 2, 3])), max(1, most // 4))
     n_decode = int(draw.integers(0, 5))
     total = int(draw.uniform(0.12, 1.0) * longest / batch)
-    chunk_tokens = max(24, total // n_chunks // 8 * 8)
+    chunk_tokens = max(LEAST_CHUNK_TOKENS, total // n_chunks // 8 * 8)
     shape = Shape(n_chunks, chunk_tokens, int(draw.integers(8, 80)))
     plan = plan_with(
         policy,
@@ -183,5 +200,5 @@ def _draw(
         n_io_workers=int(draw.integers(1, 4)),
         request_bytes=int(draw.choice([1 << 16, 1 << 18, 1 << 20])),
     )
-    workload = library.workload(shape, batch, n_decode)
+    workload = library.workload(shape, batch, n_decode, shelf=number)
     return Probe(f"held.{number}.{policy}.{tier}.x{batch}", workload, plan, tier, n_decode)

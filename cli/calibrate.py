@@ -31,7 +31,7 @@ def command(
     model: _Model = "llama-25m",
     out: _Out = Path("build/profile.json"),
     max_tokens: _MaxTokens = 1024,
-    repeats: _Repeats = 3,
+    repeats: _Repeats = 6,
     dtype: _Dtype = "float32",
     threads: _Threads = 1,
     seed: _Seed = 0,

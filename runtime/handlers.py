@@ -66,25 +66,26 @@ class Handlers:
         """Rotate staged K at its place in this prompt; scatter K and V."""
         cos, sin = self.transformer.rope_table(session.n_prompt)
         n_layers = self.transformer.spec.n_layers
-        by_deviation = session.decision.selection == "deviation"
-        for ordinal in op.chunks:
-            n_rows = session.decision.n_loaded(ordinal, op.layer_start, n_layers)
-            positions = session.loaded_positions(ordinal, n_rows)
-            for layer in range(op.layer_start, op.layer_stop):
-                # The check layer's rows are still compared, on another stream.
-                keep = by_deviation and layer == session.decision.check_layer
-                take = session.staged.get if keep else session.staged.pop
-                rows = take((ordinal, layer))
-                assert rows is not None, (ordinal, layer)
-                restore(
-                    rows.k(layer),
-                    rows.v(layer),
-                    positions,
-                    session.buffer.k[layer],
-                    session.buffer.v[layer],
-                    cos_table=cos,
-                    sin_table=sin,
-                )
+        counts = [session.decision.n_loaded(c, op.layer_start, n_layers) for c in op.chunks]
+        positions = torch.cat(
+            [session.loaded_positions(c, n) for c, n in zip(op.chunks, counts, strict=True)]
+        )
+        for layer in range(op.layer_start, op.layer_stop):
+            # The check layer's rows are still compared, on another stream.
+            by_deviation = session.decision.selection == "deviation"
+            keep = by_deviation and layer == session.decision.check_layer
+            take = session.staged.__getitem__ if keep else session.staged.pop
+            staged = [take((ordinal, layer)) for ordinal in op.chunks]
+            # One call for all chunks: short calls would hold up the compute stream's Python.
+            restore(
+                torch.cat([rows.k(layer) for rows in staged]),
+                torch.cat([rows.v(layer) for rows in staged]),
+                positions,
+                session.buffer.k[layer],
+                session.buffer.v[layer],
+                cos_table=cos,
+                sin_table=sin,
+            )
         return NOTHING
 
     def prefill(self, session: Session, op: Op) -> Outcome:

@@ -22,6 +22,9 @@ SMALL_ROWS = 64
 DISPATCH_GAP = "dispatch.gap"
 """Coefficient: seconds from an op being ready (stream free, dependencies done) to its start."""
 
+WAKE_AFTER_NS = 1_000_000
+"""A stream that was idle for this long has to wake: its thread sleeps, its data left the caches."""
+
 FEATURES: dict[OpKind, tuple[str, ...]] = {
     "load": ("load.op",),
     "restore": ("restore.op", "restore.piece", "restore.byte"),
@@ -40,6 +43,11 @@ FEATURES: dict[OpKind, tuple[str, ...]] = {
 
 COEFFICIENTS = (*(name for names in FEATURES.values() for name in names), DISPATCH_GAP)
 """Every coefficient that a complete profile holds."""
+
+
+def wake_coefficient(kind: OpKind) -> str:
+    """Name of the optional coefficient, in seconds, of an op that starts on an idle stream."""
+    return f"{kind}.wake"
 
 
 class LoadParts(NamedTuple):
@@ -76,6 +84,11 @@ class CostModel:
             ProfileError: the profile lacks `dispatch.gap`.
         """
         return s_to_ns(self._coefficient(DISPATCH_GAP))
+
+    def wake_ns(self, op: Op) -> int:
+        """What `op` takes longer on a stream that was idle; 0 where the profile does not say."""
+        found = self.profile.coefficients.get(wake_coefficient(op.kind))
+        return s_to_ns(found.value) if found is not None else 0
 
     def duration_ns(self, op: Op) -> int:
         """Time an op that is not a load takes, alone or not.

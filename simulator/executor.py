@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,8 @@ from ..core.errors import InvariantViolation
 from ..core.hardware import HardwareProfile
 from ..core.ops import NOTHING, Op, Outcome, Span
 from ..core.rng import rng
-from .cost import CostModel
+from .cost import WAKE_AFTER_NS, CostModel
+from .interference import Interference
 from .resources import Link, Stream, Task, later
 
 N_DRAWS = 256
@@ -44,6 +46,9 @@ class SimExecutor:
     ) -> None:
         self._cost = CostModel(profile)
         self._gap_ns = self._cost.dispatch_gap_ns
+        self._interference = Interference(profile)
+        self._is_interfered = self._interference.is_modelled
+        self._running: list[Task] = []
         self._seed = seed
         self._noise = noise
         self._outcomes = outcomes or {}
@@ -133,15 +138,46 @@ class SimExecutor:
         stream.is_busy = True
         task.start_ns = int(self._env.now) + self._gap_ns
         factor = self._factor(stream) if self._noise else 1.0
+        if self._is_interfered:
+            self._interference.begin(task.op)
         if task.op.kind == "load":
             parts = self._cost.load_ns(task.op)
             delay = self._gap_ns + round(parts.fixed_ns * factor)
             n_bytes = round(parts.n_bytes * factor)
             next_step = self._move if n_bytes else self._on_timeout
             later(self._env, delay, next_step, (task, n_bytes))
+            self._retime()
             return
-        delay = self._gap_ns + round(self._cost.duration_ns(task.op) * factor)
-        later(self._env, delay, self._on_timeout, (task, 0))
+        own_ns = self._cost.duration_ns(task.op)
+        if self._env.now - stream.idle_since_ns >= WAKE_AFTER_NS:
+            own_ns += self._cost.wake_ns(task.op)
+        delay = self._gap_ns + round(own_ns * factor)
+        if not self._is_interfered:
+            later(self._env, delay, self._on_timeout, (task, 0))
+            return
+        task.left_ns, task.since_ns = delay, int(self._env.now)
+        self._running.append(task)
+        self._retime()
+
+    def _retime(self) -> None:
+        """Something began or ended: what runs beside it goes at another rate from now on."""
+        now = int(self._env.now)
+        for task in self._running:
+            rate = self._interference.rate(task.op)
+            if rate == task.rate:
+                continue
+            task.left_ns -= (now - task.since_ns) * task.rate
+            task.since_ns, task.rate = now, rate
+            task.version += 1
+            delay = max(0, math.ceil(task.left_ns / rate))
+            later(self._env, delay, self._on_version, (task, task.version))
+
+    def _on_version(self, event: simpy.Event) -> None:
+        due: tuple[Task, int] = event.value  # type: ignore[assignment]
+        task, version = due
+        if version == task.version:
+            self._running.remove(task)
+            self._end(task)
 
     def _move(self, event: simpy.Event) -> None:
         moved: tuple[Task, int] = event.value  # type: ignore[assignment]
@@ -165,9 +201,13 @@ class SimExecutor:
                 self._outcomes.get(op.op_id, NOTHING),
             )
         )
+        if self._is_interfered:
+            self._interference.end(op)
+            self._retime()
         del self._open[op.op_id]
         self._ended.add(op.op_id)
         task.stream.is_busy = False
+        task.stream.idle_since_ns = int(self._env.now)
         self._start_next(task.stream)
         for waiting in task.dependents:
             waiting.n_unmet -= 1

@@ -33,7 +33,10 @@ def later(
 class Task:
     """One submitted op on its way through a stream."""
 
-    __slots__ = ("dependents", "n_unmet", "op", "seq", "start_ns", "stream", "submit_ns")
+    __slots__ = (
+        "dependents", "left_ns", "n_unmet", "op", "rate", "seq", "since_ns", "start_ns", "stream",
+        "submit_ns", "version",
+    )  # fmt: skip
 
     def __init__(self, op: Op, seq: int, submit_ns: int, stream: Stream) -> None:
         self.op = op
@@ -44,6 +47,12 @@ class Task:
         self.n_unmet = 0
         """Dependencies that have not ended."""
         self.dependents: list[Task] = []
+        self.left_ns = 0.0
+        """Work left at full speed, as of `since_ns`; `rate` is the share of it since then."""
+        self.since_ns = 0
+        self.rate = 0.0
+        self.version = 0
+        """Counts changes of rate: an end that was set for an older one is void."""
 
 
 class Stream:
@@ -52,12 +61,14 @@ class Stream:
     Waiting first and queueing afterwards would let a later op overtake, which no CUDA stream does.
     """
 
-    __slots__ = ("is_busy", "name", "queue")
+    __slots__ = ("idle_since_ns", "is_busy", "name", "queue")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.queue: deque[Task] = deque()
         self.is_busy = False
+        self.idle_since_ns = -(1 << 62)
+        """A stream that never worked has always been idle."""
 
 
 class Link:
