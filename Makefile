@@ -35,10 +35,19 @@ check: $(READY)  ## ruff, and mypy (strict) on core
 soak: $(READY)  ## the slow tests: full counts of kills, fuzz, load; goes on where it was stopped
 	$(RUN) pytest -m "slow and not gpu" --timeout 7200 $(ARGS)
 
-bench: $(READY)  ## quality, TTFT and the plan grid; resumable, rows go to results/
-	$(RUN) cachetune bench quality $(ARGS)
-	$(RUN) cachetune bench ttft $(ARGS)
-	$(RUN) cachetune bench grid $(ARGS)
+BENCHES := fidelity quality ttft grid serve
+SEED    ?= 11
+
+bench: $(BENCHES:%=build/bench/%)  ## all measurements; a second call goes on where the first stopped
+
+build/bench/fidelity: $(READY)
+	$(RUN) cachetune calibrate --max-tokens 512 --out results/cpu/fidelity/profile.json \
+	  --check --seed $(SEED) --check-out results/cpu/fidelity
+	@mkdir -p $(@D) && touch $@
+
+build/bench/%: $(READY)
+	$(RUN) cachetune bench $* $(ARGS)
+	@mkdir -p $(@D) && touch $@
 
 gpu:  ## tests that need a CUDA device, on the Python at hand: no set-up, no network
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pytest -m gpu $(ARGS)

@@ -13,9 +13,11 @@ import numpy as np
 from ..core.hardware import Coefficient, FitReport, HardwareProfile, Tier
 from ..core.model_spec import ModelSpec
 from ..core.ops import OpKind
+from ..core.standalone import LOADING, part_of
+from ..core.timeline import Timeline
 from ..simulator.cost import DISPATCH_GAP
 from .collect import Measured, collect, run_once
-from .fit import Sample, dispatch_gap, extras_of, fit_kind, report, solve
+from .fit import Sample, dispatch_gap, extras_of, fit_kind, intervals, report
 from .probes import Library, Probe, Shape, ladder, plan_with
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 RHOS = (0.1, 0.7, 4.0, 25.0)
 """Transfer over recompute time per token: an H200 with PCIe, NVMe, 10 Gbps and HDD."""
 
+N_MEDIA_RUNS = 5
+LINK_WORKERS = 3
 PROBED_RHO = 1.0
 """Slower tiers are not probed: their loads follow from the limit."""
 
@@ -109,13 +113,13 @@ def calibrate(
     library = Library(loaded.spec, settings.seed)
     threads = settings.compute_threads
     with tempfile.TemporaryDirectory(prefix="cachetune-") as folder:
-        with Runner(
-            loaded, folder, tier_configs(loaded.spec, 1.0, ()), compute_threads=threads
-        ) as r:
+        plain = tier_configs(loaded.spec, 1.0, ())
+        with Runner(loaded, folder, plain, compute_threads=threads) as r:
             token_s = recompute_s_per_token(r, library, settings)
+            loads = measure_media(r, library, [c.name for c in plain], settings.max_tokens)
         configs = tier_configs(loaded.spec, token_s, settings.rhos)
         with Runner(loaded, folder, configs, compute_threads=threads) as runner:
-            fast = [c.name for c in configs if c.limit_bytes_per_s is None]
+            fast = [c.name for c in plain]
             # Limited tiers too: an op that waited finds other things in the caches.
             waiting = [rho_tier(rho) for rho in settings.rhos if rho < PROBED_RHO]
             probes = ladder(library, [*fast, *waiting], settings.max_tokens)
@@ -127,9 +131,10 @@ def calibrate(
             )
             unbuffered = {c.name: runner.store.is_unbuffered(c.name) for c in configs}
     device = device_here(threads)
-    tiers, load, load_fit = fit_tiers(measured, configs, settings.rhos, unbuffered)
+    media, load_fit = fit_media(loads, {c.name: c.medium for c in plain}, settings.seed)
+    tiers = tiers_of(configs, media, settings.rhos, unbuffered)
     coefficients, fits = fit_all(measured, loaded.spec, tiers, settings.seed)
-    coefficients["load.op"] = load
+    coefficients |= media
     fits["load"] = load_fit
     return HardwareProfile(
         name=f"{device.kind}-{loaded.spec.name}",
@@ -171,54 +176,92 @@ def fit_all(
         fit = fit_kind(kind, found, model, seed)
         coefficients |= fit.coefficients
         fits[kind] = fit.report
-    coefficients[DISPATCH_GAP] = dispatch_gap([t for m in measured for t in m.timelines])
+    coefficients[DISPATCH_GAP] = dispatch_gap([t for m in measured for t in m.timelines], seed)
     return coefficients, fits
 
 
-def fit_tiers(
-    measured: Sequence[Measured],
-    configs: Sequence[TierConfig],
-    rhos: Sequence[float],
-    unbuffered: dict[str, bool | None],
-) -> tuple[dict[str, Tier], Coefficient, FitReport]:
-    """Latency per read and rate of each medium; a limited tier has its limit as the link."""
-    by_medium: dict[str, tuple[float, float]] = {}
-    overhead = Coefficient(value=0.0, unit="s", low=0.0, high=0.0)
+def measure_media(
+    runner: Runner, library: Library, tiers: Sequence[str], max_tokens: int
+) -> dict[str, list[Timeline]]:
+    """Loads with nothing beside them, by tier: two sizes, one worker and several."""
+    found: dict[str, list[Timeline]] = {}
+    for tier in tiers:
+        for tokens in (max_tokens // 16, max_tokens // 4):
+            workload = library.workload(Shape(8, max(16, tokens), 16), shelf=50)
+            for n_workers in (1, LINK_WORKERS):
+                plan = plan_with("full_reuse", 0.0, n_io_workers=n_workers)
+                runner.prepare(workload, plan, tier)
+                decisions, whole = runner.batch_schedule(workload, plan, runner.index(plan, tier))
+                part = part_of(whole, LOADING)
+                for turn in range(N_MEDIA_RUNS + 1):
+                    timeline = runner.execute_schedule(workload, plan, decisions, part).timeline
+                    if turn:
+                        found.setdefault(tier, []).append(timeline)
+    return found
+
+
+def fit_media(
+    loads: Mapping[str, Sequence[Timeline]], media: Mapping[str, str], seed: int
+) -> tuple[dict[str, Coefficient], FitReport]:
+    """`load.op`, and for each medium `load.<medium>.read`, `.byte` and `.link`.
+
+    Args:
+        loads: what `measure_media` found.
+        media: medium by tier, DRAM first: an op's own overhead shows most there.
+    """
+    found: dict[str, Coefficient] = {}
     seen: list[tuple[float, float]] = []
-    for config in configs:
-        if config.limit_bytes_per_s is not None:
-            continue
-        samples = [
-            Sample(op, one.median_ns(op.op_id) / 1e9)
-            for one in measured
-            for op in one.ops()
-            if op.kind == "load" and op.tier == config.name and op.n_bytes
-        ]
-        x = np.array([[1.0, s.op.n_reads, s.op.n_bytes] for s in samples])
-        y = np.array([s.seconds for s in samples])
-        if config.medium == "dram":
-            op_s, read_s, byte_s = solve(x, y)
-            overhead = Coefficient(value=float(op_s), unit="s", low=0.0, high=float(2 * op_s))
+    for tier, medium in media.items():
+        alone = [t for t in loads[tier] if len(t.by_stream()) == 1]
+        spans = [s for t in alone for s in t.spans]
+        names = [f"load.{medium}.read", f"load.{medium}.byte"]
+        x = np.array([[s.op.n_reads, s.op.n_bytes] for s in spans], dtype=float)
+        y = np.array([s.duration_ns / 1e9 for s in spans])
+        if "load.op" not in found:
+            x_op = np.hstack([x, np.ones((len(y), 1))])
+            found |= intervals(x_op, y, [*names, "load.op"], seed)
         else:
-            rest = np.maximum(y - overhead.value, 1e-9)
-            read_s, byte_s = solve(x[:, 1:], rest)
-        by_medium[config.medium] = (float(read_s), float(byte_s))
-        seen += list(zip(y, overhead.value + x[:, 1:] @ [read_s, byte_s], strict=True))
+            found |= intervals(x, np.maximum(y - found["load.op"].value, 1e-9), names, seed)
+        found[f"load.{medium}.link"] = _link(loads[tier], found[names[1]])
+        predicted = found["load.op"].value + x @ [found[name].value for name in names]
+        seen += list(zip(y, predicted, strict=True))
+    y, predicted = np.array(seen).T
+    return found, report(y, predicted)
+
+
+def _link(timelines: Sequence[Timeline], worker: Coefficient) -> Coefficient:
+    """Seconds per byte with several workers at once; never slower than one of them."""
+    several = [
+        t.makespan_ns / 1e9 / sum(s.op.n_bytes for s in t.spans)
+        for t in timelines
+        if len(t.by_stream()) > 1
+    ]
+    value = min(worker.value, median(several))
+    low, high = min(value, *several), max(value, *several)
+    return Coefficient(value=value, unit="s/byte", low=low, high=high)
+
+
+def tiers_of(
+    configs: Sequence[TierConfig],
+    media: Mapping[str, Coefficient],
+    rhos: Sequence[float],
+    unbuffered: Mapping[str, bool | None],
+) -> dict[str, Tier]:
+    """Tiers with the rate and latency of their medium; a limited one has its limit as the link."""
     tiers = {}
     limits = [c for c in configs if c.limit_bytes_per_s is not None]
     for config in configs:
-        read_s, byte_s = by_medium[config.medium]
-        worker = 1.0 / max(byte_s, 1e-12)
+        worker = 1.0 / max(media[f"load.{config.medium}.byte"].value, 1e-12)
+        link = 1.0 / max(media[f"load.{config.medium}.link"].value, 1e-12)
         limited = config.limit_bytes_per_s is not None
         tiers[config.name] = Tier(
             medium=config.medium,
-            link_bytes_per_s=config.limit_bytes_per_s or worker,
+            link_bytes_per_s=config.limit_bytes_per_s or link,
             worker_bytes_per_s=worker,
-            read_latency_s=read_s,
+            read_latency_s=media[f"load.{config.medium}.read"].value,
             capacity_bytes=config.capacity_bytes,
             limited=limited,
             rho=rhos[limits.index(config)] if limited else None,
             unbuffered=unbuffered[config.name],
         )
-    y, predicted = np.array(seen).T
-    return tiers, overhead, report(y, predicted)
+    return tiers

@@ -64,17 +64,21 @@ def fit_kind(kind: OpKind, samples: Sequence[Sample], model: ModelSpec, seed: in
             row[extra] = sample.extras.get(extra, 0.0)
     x = np.array([[row[name] for name in names] for row in rows])
     y = np.array([s.seconds for s in samples])
+    coefficients = intervals(x, y, names, seed)
+    value = np.array([coefficients[name].value for name in names])
+    return Fit(coefficients, report(y, x @ value))
+
+
+def intervals(
+    x: NDArray[np.float64], y: NDArray[np.float64], names: Sequence[str], seed: int
+) -> dict[str, Coefficient]:
+    """Coefficients by name with 95 % intervals, by bootstrap over the samples."""
     upper = [MOST_LOST if n.startswith("interference.") else np.inf for n in names]
     value = solve(x, y, upper)
-    draws = rng(seed, "bootstrap", kind)
-    boot = np.array(
-        [
-            solve(x[pick], y[pick], upper)
-            for pick in (draws.integers(0, len(y), len(y)) for _ in range(N_BOOTSTRAP))
-        ]
-    )
-    low, high = np.percentile(boot, [2.5, 97.5], axis=0)
-    coefficients = {
+    draws = rng(seed, "bootstrap", *names)
+    picks = [draws.integers(0, len(y), len(y)) for _ in range(N_BOOTSTRAP)]
+    low, high = np.percentile([solve(x[i], y[i], upper) for i in picks], [2.5, 97.5], axis=0)
+    return {
         name: Coefficient(
             value=float(value[i]),
             unit=_unit(name),
@@ -83,7 +87,6 @@ def fit_kind(kind: OpKind, samples: Sequence[Sample], model: ModelSpec, seed: in
         )
         for i, name in enumerate(names)
     }
-    return Fit(coefficients, report(y, x @ value))
 
 
 def solve(
@@ -142,15 +145,20 @@ def _beside_s(timeline: Timeline, span: Span, tiers: Mapping[str, Tier]) -> dict
     return {k: min(v, span.duration_ns / 1e9) for k, v in found.items()}
 
 
-def dispatch_gap(timelines: Sequence[Timeline]) -> Coefficient:
+def dispatch_gap(timelines: Sequence[Timeline], seed: int) -> Coefficient:
     """Median time from an op being ready (stream free, dependencies done) to its start."""
     gaps: list[float] = []
     for timeline in timelines:
         ended = {s.op.op_id: s.end_ns for s in timeline.spans}
         for spans in timeline.by_stream().values():
             gaps += [max(0, s.start_ns - r) / 1e9 for s, r in _ready(spans, ended)]
-    low, high = np.percentile(gaps, [2.5, 97.5])
-    return Coefficient(value=median(gaps), unit=_unit(DISPATCH_GAP), low=low, high=high)
+    values = np.array(gaps)
+    draws = rng(seed, "bootstrap", DISPATCH_GAP)
+    medians = [
+        np.median(values[draws.integers(0, len(values), len(values))]) for _ in range(N_BOOTSTRAP)
+    ]
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Coefficient(value=float(np.median(values)), unit="s", low=float(low), high=float(high))
 
 
 def _ready(spans: Sequence[Span], ended: dict[int, int]) -> list[tuple[Span, int]]:
@@ -169,4 +177,4 @@ def _unit(name: str) -> str:
         return "share of speed"
     if feature.endswith("flop"):
         return "s/flop"
-    return "s/byte" if feature == "byte" else "s"
+    return "s/byte" if feature.endswith("byte") else "s"

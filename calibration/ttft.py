@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..core.plan import ReusePlan
 from ..core.standalone import COMPUTING, LOADING, part_of
 from .collect import run_once
-from .probes import Library, Probe, Shape, plan_with
+from .probes import SLOW_RHO, Library, Probe, Shape, plan_with
 
 if TYPE_CHECKING:
     from ..runtime.runner import Runner
@@ -130,7 +130,10 @@ def overlaps(
     n_repeats: int,
     **knobs: object,
 ) -> list[Overlap]:
-    """The same schedule whole, loads alone and compute alone, interleaved."""
+    """The same schedule whole, loads alone and compute alone, interleaved.
+
+    The first turn warms up, unless the schedule mostly waits for a rate limiter.
+    """
     workload = Library(runner.spec, 0).workload(shape)
     request = workload.requests[0]
     out = []
@@ -142,7 +145,8 @@ def overlaps(
             decisions, whole = runner.schedule(workload, request, plan, index)
             parts = (whole, part_of(whole, LOADING), part_of(whole, COMPUTING))
             one = Overlap(tier, rho, ratio)
-            for turn in range(n_repeats + 1):
+            warm_up = rho is None or rho < SLOW_RHO
+            for turn in range(not warm_up, n_repeats + 1):
                 times = [
                     runner.execute_schedule(workload, plan, decisions, part).timeline
                     for part in parts

@@ -52,9 +52,9 @@ def command(
     model: _Model = "llama-10m",
     profile: _Profile = Path("build/grid/profile.json"),
     tiers: _Tiers = "rho0.1,rho0.7,rho4,rho25",
-    chunk_tokens: _ChunkTokens = 96,
-    trials: _Trials = 200,
-    repeats: _Repeats = 3,
+    chunk_tokens: _ChunkTokens = 64,
+    trials: _Trials = 150,
+    repeats: _Repeats = 2,
     out: _Out = Path("results/cpu/grid"),
     seed: _Seed = 0,
 ) -> None:

@@ -102,7 +102,7 @@ def _workload(n_passages: int, n_tokens: int, seed: int) -> Workload:
 
 
 def _tune(demo: Demo, n_trials: int, seed: int, tell: Any) -> dict[str, TunedPlan]:
-    """One plan per tier, by simulation only."""
+    """One plan per tier, by simulation; that of plan.json is confirmed on the runtime too."""
     from ..tuner.search import tune
 
     plans = {}
@@ -115,6 +115,9 @@ def _tune(demo: Demo, n_trials: int, seed: int, tell: Any) -> dict[str, TunedPla
             seed=seed,
             quality=demo.quality,
             quality_floor=QUALITY_FLOOR,
+            runner=demo.runner if tier == PLAN_TIER else None,
+            n_confirm=4,
+            n_repeats=3,
         )
         tell("tune", i + 1, len(demo.profile.tiers))
     return plans

@@ -38,7 +38,7 @@ def finish(
     from ..calibration.fidelity import p95
     from ..runtime.machine import provenance_here
     from .console import print_table
-    from .demo import write_json
+    from .demo import PLAN_TIER, write_json
     from .report import write_report
 
     errors = [abs(r.error) for r in rows + sweep]
@@ -58,6 +58,8 @@ def finish(
         "toy": toy,
         "tuned": {tier: _tuned(plan, tier, rows) for tier, plan in plans.items()},
     }
+    confirmed = plans[PLAN_TIER].evidence["confirmed"]
+    summary["confirmed"] = {"tier": PLAN_TIER, **confirmed}
     for tier, plan in plans.items():
         plan.write(out / f"plan.{tier}.json")
     write_json(out / "summary.json", summary)
@@ -67,6 +69,11 @@ def finish(
         toy,
         ["policy", "selector", "recompute_ratio", "ttft_ms", "speedup", "cross", "local", "n"],
         TOY,
+    )
+    print_table(
+        confirmed["rows"],
+        ["name", "rank_simulated", "rank_measured", "ttft_ms_simulated", "ttft_ms_median", "error"],
+        f"confirmed on the runtime, tier {PLAN_TIER}",
     )
     print_table(
         [{"tier": t, **v} for t, v in summary["tuned"].items()],

@@ -57,6 +57,8 @@ def write_report(
         f"{html.escape(summary['quality'])}.</p>",
         "<h2>Tuned plans</h2>",
         _table(_tuned_rows(summary), mark="tier"),
+        f"<h2>Confirmed on the runtime, tier {summary['confirmed']['tier']}</h2>",
+        _table(_confirmed_rows(summary)),
         *[f"<h2>{title}</h2>{_div(figure)}" for title, figure in plots],
         "<h2>Every policy in every tier</h2>",
         _table(_policy_rows(summary)),
@@ -182,6 +184,12 @@ def _tuned_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
         {"tier": tier, **{k: row[k] for k in keys}, "vs best fixed policy": row["vs_best_fixed"]}
         for tier, row in summary["tuned"].items()
     ]
+
+
+def _confirmed_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    keys = ("name", "feasible", "rank_simulated", "rank_measured")
+    more = ("ttft_ms_simulated", "ttft_ms_median", "error")
+    return [{k: row[k] for k in (*keys, *more)} for row in summary["confirmed"]["rows"]]
 
 
 def _policy_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:

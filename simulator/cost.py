@@ -35,6 +35,7 @@ FEATURES: dict[OpKind, tuple[str, ...]] = {
         "prefill.small_flop",
         "prefill.flop",
         "prefill.attention_flop",
+        "prefill.causal_flop",
     ),
     "head": ("head.op",),
     "decode": ("decode.op", "decode.layer", "decode.row_layer", "decode.attention_flop"),
@@ -161,14 +162,18 @@ def _select(op: Op, model: ModelSpec) -> tuple[float, ...]:
 def _prefill(op: Op, model: ModelSpec) -> tuple[float, ...]:
     rows, layers = op.n_tokens, op.layer_stop - op.layer_start
     if not rows:
-        return (1.0, 0.0, 0.0, 0.0, 0.0)
+        return (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     small = min(rows, SMALL_ROWS)
+    attention = float(model.attention_flops(op.n_pairs, layers))
+    # A whole prompt from position 0 needs no positions: attention has a faster, causal kernel.
+    causal = op.n_pairs == rows * (rows + 1) // 2
     return (
         1.0,
         float(layers),
         float(model.linear_flops(small, layers)),
         float(model.linear_flops(rows - small, layers)),
-        float(model.attention_flops(op.n_pairs, layers)),
+        0.0 if causal else attention,
+        attention if causal else 0.0,
     )
 
 

@@ -28,6 +28,7 @@ COEFFICIENTS_S = {
     "prefill.small_flop": 0.0,
     "prefill.flop": 0.0,
     "prefill.attention_flop": 0.0,
+    "prefill.causal_flop": 0.0,
     "head.op": 50 * NS,
     "decode.op": 20 * NS,
     "decode.layer": 0.0,

@@ -22,6 +22,7 @@ def test_features_by_hand():
         "prefill.small_flop": 4608 * 64 * 2,
         "prefill.flop": 4608 * 36 * 2,
         "prefill.attention_flop": 64 * 7 * 2,
+        "prefill.causal_flop": 0,
     }
     decode = make_op(0, "decode", n_tokens=3, n_pairs=50, **LAYERS)
     assert features(decode, MODEL) == {
