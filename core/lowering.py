@@ -6,13 +6,14 @@ Both executors run exactly these ops. A prompt is computed in pieces of at most
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .decision import ReuseDecision
 from .layout import n_reads, read_bytes
 from .model_spec import ModelSpec
-from .ops import COMPUTE, RESTORE, Op, OpKind, Segment, io_stream
+from .ops import COMPUTE, QUERY_BLOCK, RESTORE, Op, OpKind, Segment, io_stream
 from .plan import ReusePlan
 
 NewId = Callable[[], int]
@@ -36,6 +37,48 @@ class _Group:
 
     start: int
     stop: int
+
+
+class _Run(NamedTuple):
+    """Rows [start, stop) of the `total` that are spread over `n` tokens from `offset` on."""
+
+    part: int
+    offset: int
+    n: int
+    total: int
+    start: int
+    stop: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def pairs(self) -> int:
+        """Keys that the rows see, in all."""
+        squares = self.stop * self.stop - self.start * self.start
+        spread = self.n * squares + self.n_rows * self.total
+        return self.n_rows * self.offset + spread // (2 * self.total)
+
+    def visible(self, row: int) -> int:
+        """Keys that one row sees, itself included."""
+        return self.offset + (2 * row + 1) * self.n // (2 * self.total) + 1
+
+
+def scored_pairs(runs: Sequence[_Run]) -> int:
+    """Pairs scored by queries in blocks, each block over the keys up to its last query."""
+    scored = in_block = last = 0
+    for run in runs:
+        at = run.start
+        while at < run.stop:
+            step = min(QUERY_BLOCK - in_block, run.stop - at)
+            at += step
+            in_block += step
+            last = run.visible(at - 1)
+            if in_block == QUERY_BLOCK:
+                scored += in_block * last
+                in_block = 0
+    return scored + in_block * last
 
 
 class _Lowering:
@@ -178,43 +221,35 @@ class _Lowering:
         self, group: _Group, segments: tuple[Segment, ...], after: list[Op], piece: int = 0
     ) -> Op:
         band = self.decision.band_of(group.start, self.model.n_layers)
-        rows = pairs = 0
-        kept = []
-        for segment in segments:
-            n_rows, n_pairs, part = self._rows(segment, band, group.start)
-            if n_rows:
-                rows += n_rows
-                pairs += n_pairs
-                kept.append(part)
+        runs = [r for s in segments if (r := self._run(s, band, group.start)).n_rows]
+        pairs, scored = sum(r.pairs for r in runs), scored_pairs(runs)
+        if (window := self.model.sliding_window) is not None:
+            rows = sum(r.n_rows for r in runs)
+            pairs, scored = min(pairs, rows * window), min(scored, rows * (window + QUERY_BLOCK))
         return self._op(
             "prefill",
             COMPUTE,
             group,
-            n_tokens=rows,
+            n_tokens=sum(r.n_rows for r in runs),
             n_pairs=pairs,
-            segments=tuple(kept),
+            n_scored=scored,
+            segments=tuple(Segment(r.part, r.start, r.stop) for r in runs),
             piece=piece,
             after=after,
         )
 
-    def _rows(self, segment: Segment, band: int, layer: int) -> tuple[int, int, Segment]:
-        """Rows and visible pairs of a segment, recomputed tokens taken as evenly spread."""
+    def _run(self, segment: Segment, band: int, layer: int) -> _Run:
+        """The rows of a segment that pass through `layer`, taken as evenly spread."""
         chunks = self.decision.chunks
         if segment.part == len(chunks):
-            n, offset, total = self.decision.n_suffix, self.decision.n_prompt, 0
-            offset, total = self.decision.n_prompt - n, n
+            n = total = self.decision.n_suffix
+            offset = self.decision.n_prompt - n
         else:
             fate = chunks[segment.part]
             offset, n = fate.offset, fate.n_tokens
             total = self._n_selected(segment.part, band, layer)
         start, stop = min(segment.start, total), min(segment.stop, total)
-        count = stop - start
-        if not count:
-            return 0, 0, segment
-        pairs = count * offset + (n * (stop * stop - start * start) + count * total) // (2 * total)
-        if self.model.sliding_window is not None:
-            pairs = min(pairs, count * self.model.sliding_window)
-        return count, pairs, Segment(segment.part, start, stop)
+        return _Run(segment.part, offset, n, total, start, stop)
 
     def _n_selected(self, ordinal: int, band: int, layer: int) -> int:
         """Rows of a chunk that pass through `layer`; by deviation only their sum is exact."""
@@ -275,6 +310,7 @@ class _Lowering:
         after: list[Op],
         n_tokens: int = 0,
         n_pairs: int = 0,
+        n_scored: int = 0,
         n_bytes: int = 0,
         n_reads: int = 0,
         tier: str = "",
@@ -291,6 +327,7 @@ class _Lowering:
             layer_stop=group.stop,
             n_tokens=n_tokens,
             n_pairs=n_pairs,
+            n_scored=n_scored,
             n_bytes=n_bytes,
             n_reads=n_reads,
             tier=tier,

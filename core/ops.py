@@ -13,6 +13,9 @@ from .errors import InvariantViolation
 
 OpKind = Literal["load", "restore", "select", "prefill", "head", "decode"]
 
+QUERY_BLOCK = 64
+"""Queries that attention takes at a time."""
+
 COMPUTE = "compute"
 RESTORE = "restore"
 
@@ -53,6 +56,8 @@ class Op:
     """Rows that pass through the layers; for load and restore, tokens moved (per layer)."""
     n_pairs: int = 0
     """Visible (query, key) pairs per layer."""
+    n_scored: int = 0
+    """Pairs that are scored: queries go in blocks, each over the keys up to its last one."""
     n_bytes: int = 0
     n_reads: int = 0
     """I/O requests of a load; (chunk, layer) pieces of a restore."""

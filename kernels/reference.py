@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.ops import QUERY_BLOCK
 from .packing import Packed, unpack
 
-QUERY_BLOCK = 64
 # Tokens at a time, so that what lies between two steps stays in the CPU's cache.
 RESTORE_BLOCK = 512
 

@@ -164,7 +164,7 @@ def _prefill(op: Op, model: ModelSpec) -> tuple[float, ...]:
     if not rows:
         return (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     small = min(rows, SMALL_ROWS)
-    attention = float(model.attention_flops(op.n_pairs, layers))
+    attention = float(model.attention_flops(op.n_scored, layers))
     # A whole prompt from position 0 needs no positions: attention has a faster, causal kernel.
     causal = op.n_pairs == rows * (rows + 1) // 2
     return (

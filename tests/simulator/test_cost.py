@@ -15,7 +15,7 @@ LAYERS = dict(layer_start=1, layer_stop=3)
 
 def test_features_by_hand():
     """One layer has 2 x 16 x (2 x 16 + 16 + 96) = 4608 flops per row, 64 per pair."""
-    prefill = make_op(0, "prefill", n_tokens=100, n_pairs=7, **LAYERS)
+    prefill = make_op(0, "prefill", n_tokens=100, n_pairs=5, n_scored=7, **LAYERS)
     assert features(prefill, MODEL) == {
         "prefill.op": 1,
         "prefill.layer": 2,
