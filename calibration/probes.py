@@ -101,10 +101,10 @@ def ladder(library: Library, tiers: Sequence[str], max_tokens: int) -> list[Prob
     size = max(32, max_tokens // 8)
     shapes = [
         Shape(1, size // 2, 16),
-        Shape(2, size, 16),
+        Shape(2, 3 * size, 16),
         Shape(4, size, 48),
         Shape(7, size, 32),
-        Shape(7, size // 2, 96),
+        Shape(3, 2 * size, 96),
         Shape(12, size // 3, 24),
     ]
     probes = []
