@@ -72,7 +72,8 @@ def command(
     workload = _workload(passages, passage_tokens, seed)
     workload.check_fits(loaded.spec)
     with progress_bar() as tell:
-        profile = calibrate(loaded, Settings(max_tokens=CHUNKS * passage_tokens, seed=seed), tell)
+        settings = Settings(max_tokens=CHUNKS * passage_tokens, n_repeats=4, seed=seed)
+        profile = calibrate(loaded, settings, tell)
         profile.write(out / "profile.json")
         with (
             tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
