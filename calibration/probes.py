@@ -101,11 +101,12 @@ def ladder(library: Library, tiers: Sequence[str], max_tokens: int) -> list[Prob
     size = max(32, max_tokens // 8)
     shapes = [
         Shape(1, size // 2, 16),
-        Shape(2, 3 * size, 16),
+        Shape(2, 3 * size, 2 * size),
         Shape(4, size, 48),
-        Shape(7, size, 32),
-        Shape(3, 2 * size, 96),
+        Shape(7, size, size),
+        Shape(3, 2 * size, 2 * size),
         Shape(12, size // 3, 24),
+        Shape(2, 4 * size - 16, 32),
     ]
     probes = []
     for s, shape in enumerate(shapes):
@@ -187,8 +188,9 @@ def _draw(
     batch = min(int(draw.choice([1, 1, 1, 2, 3])), max(1, most // 4))
     n_decode = int(draw.integers(0, 5))
     total = int(draw.uniform(0.12, 1.0) * longest / batch)
-    chunk_tokens = max(LEAST_CHUNK_TOKENS, total // n_chunks // 8 * 8)
-    shape = Shape(n_chunks, chunk_tokens, int(draw.integers(8, 80)))
+    n_suffix = int(draw.integers(8, 80))
+    chunk_tokens = max(LEAST_CHUNK_TOKENS, (total - n_suffix) // n_chunks // 8 * 8)
+    shape = Shape(n_chunks, chunk_tokens, n_suffix)
     plan = plan_with(
         policy,
         round(float(draw.uniform(0.02, 0.95)), 3),
