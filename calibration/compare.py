@@ -39,7 +39,7 @@ class Row:
     ttft_ms_measured: list[float] = field(default_factory=list)
     """One per repeat: mean over the requests."""
     speedup: float = 0.0
-    """Median TTFT of full recompute, measured in turn with this row, over this one's."""
+    """Median TTFT of the first row measured in turn with this one, over this one's."""
     quality: float | None = None
 
     @property

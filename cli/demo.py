@@ -142,7 +142,8 @@ def _compare(
     for tier, tuned in plans.items():
         of_tier = _policy_rows(demo, tier, tuned.plan)
         points = _sweep_rows(demo, tier)
-        predict_rows(demo.runner, demo.profile, demo.workloads, of_tier + points)
+        predict_rows(demo.runner, demo.profile, demo.workloads, of_tier)
+        predict_rows(demo.runner, demo.profile, demo.workloads[:1], points)
         measure_rows(demo.runner, demo.workloads, of_tier, repeats, tell)
         measure_rows(demo.runner, demo.workloads[:1], points[-1:] + points[:-1], 2, tell)
         rows += of_tier
