@@ -165,11 +165,13 @@ def held_out(
         "prefix_cache",
     ]
     names = list(tiers)
+    # Every tier and every policy in their shares, in combinations that chance makes.
+    order = draw.permutation(n)
     probes = []
     for i in range(n):
         tier = names[i % len(names)]
         longest = 2 * max_tokens / max(1.0, (tiers[tier] or 0.0) / SLOW_RHO)
-        policy = policies[i // len(names) % len(policies)]
+        policy = policies[order[i] % len(policies)]
         probes.append(_draw(library, tier, longest, policy, draw, i))
     return probes
 
