@@ -5,19 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import median
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ..core.hardware import Coefficient, FitReport, HardwareProfile, Tier
 from ..core.model_spec import ModelSpec
 from ..core.ops import OpKind
-from ..core.standalone import LOADING, part_of
-from ..core.timeline import Timeline
 from ..simulator.cost import DISPATCH_GAP
+from .align import align
 from .collect import Measured, collect, run_once
-from .fit import Sample, dispatch_gap, extras_of, fit_kind, intervals, report
+from .fit import Sample, dispatch_gap, fit_kind, samples_of
+from .media import fit_media, measure_media, tiers_of
 from .probes import Library, Probe, Shape, ladder, plan_with
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
 RHOS = (0.1, 0.7, 4.0, 25.0)
 """Transfer over recompute time per token: an H200 with PCIe, NVMe, 10 Gbps and HDD."""
 
-N_MEDIA_RUNS = 5
-LINK_WORKERS = 3
 PROBED_RHO = 1.0
 """Slower tiers are not probed: their loads follow from the limit."""
 
@@ -131,12 +127,12 @@ def calibrate(
             )
             unbuffered = {c.name: runner.store.is_unbuffered(c.name) for c in configs}
     device = device_here(threads)
-    media, load_fit = fit_media(loads, {c.name: c.medium for c in plain}, settings.seed)
-    tiers = tiers_of(configs, media, settings.rhos, unbuffered)
+    media = fit_media([*loads, *measured], {c.name: c.medium for c in plain}, settings.seed)
+    tiers = tiers_of(configs, media.coefficients, settings.rhos, unbuffered)
     coefficients, fits = fit_all(measured, loaded.spec, tiers, settings.seed)
-    coefficients |= media
-    fits["load"] = load_fit
-    return HardwareProfile(
+    coefficients |= media.coefficients
+    fits["load"] = media.report
+    fitted = HardwareProfile(
         name=f"{device.kind}-{loaded.spec.name}",
         device=device,
         model=loaded.spec,
@@ -146,6 +142,7 @@ def calibrate(
         fits=fits,
         provenance=provenance_here(settings.seed),
     )
+    return align(fitted, measured)
 
 
 def recompute_s_per_token(runner: Runner, library: Library, settings: Settings) -> float:
@@ -163,13 +160,9 @@ def fit_all(
     """Every kind but load. Interference is fitted where there is most of it."""
     samples: dict[OpKind, list[Sample]] = {}
     for one in measured:
-        extras = [extras_of(t, tiers) for t in one.timelines]
-        for op in one.ops():
-            if op.kind != "load" and (op.n_tokens or op.kind == "head"):
-                names = {name for found in extras for name in found[op.op_id]}
-                beside = {n: mean(f[op.op_id].get(n, 0.0) for f in extras) for n in names}
-                sample = Sample(op, one.median_ns(op.op_id) / 1e9, beside)
-                samples.setdefault(op.kind, []).append(sample)
+        for sample in samples_of(one, tiers):
+            if sample.op.kind != "load" and (sample.op.n_tokens or sample.op.kind == "head"):
+                samples.setdefault(sample.op.kind, []).append(sample)
     coefficients: dict[str, Coefficient] = {}
     fits: dict[str, FitReport] = {}
     for kind, found in sorted(samples.items()):
@@ -178,90 +171,3 @@ def fit_all(
         fits[kind] = fit.report
     coefficients[DISPATCH_GAP] = dispatch_gap([t for m in measured for t in m.timelines], seed)
     return coefficients, fits
-
-
-def measure_media(
-    runner: Runner, library: Library, tiers: Sequence[str], max_tokens: int
-) -> dict[str, list[Timeline]]:
-    """Loads with nothing beside them, by tier: two sizes, one worker and several."""
-    found: dict[str, list[Timeline]] = {}
-    for tier in tiers:
-        for tokens in (max_tokens // 16, max_tokens // 4):
-            workload = library.workload(Shape(8, max(16, tokens), 16), shelf=50)
-            for n_workers in (1, LINK_WORKERS):
-                plan = plan_with("full_reuse", 0.0, n_io_workers=n_workers)
-                runner.prepare(workload, plan, tier)
-                decisions, whole = runner.batch_schedule(workload, plan, runner.index(plan, tier))
-                part = part_of(whole, LOADING)
-                for turn in range(N_MEDIA_RUNS + 1):
-                    timeline = runner.execute_schedule(workload, plan, decisions, part).timeline
-                    if turn:
-                        found.setdefault(tier, []).append(timeline)
-    return found
-
-
-def fit_media(
-    loads: Mapping[str, Sequence[Timeline]], media: Mapping[str, str], seed: int
-) -> tuple[dict[str, Coefficient], FitReport]:
-    """`load.op`, and for each medium `load.<medium>.read`, `.byte` and `.link`.
-
-    Args:
-        loads: what `measure_media` found.
-        media: medium by tier, DRAM first: an op's own overhead shows most there.
-    """
-    found: dict[str, Coefficient] = {}
-    seen: list[tuple[float, float]] = []
-    for tier, medium in media.items():
-        alone = [t for t in loads[tier] if len(t.by_stream()) == 1]
-        spans = [s for t in alone for s in t.spans]
-        names = [f"load.{medium}.read", f"load.{medium}.byte"]
-        x = np.array([[s.op.n_reads, s.op.n_bytes] for s in spans], dtype=float)
-        y = np.array([s.duration_ns / 1e9 for s in spans])
-        if "load.op" not in found:
-            x_op = np.hstack([x, np.ones((len(y), 1))])
-            found |= intervals(x_op, y, [*names, "load.op"], seed)
-        else:
-            found |= intervals(x, np.maximum(y - found["load.op"].value, 1e-9), names, seed)
-        found[f"load.{medium}.link"] = _link(loads[tier], found[names[1]])
-        predicted = found["load.op"].value + x @ [found[name].value for name in names]
-        seen += list(zip(y, predicted, strict=True))
-    y, predicted = np.array(seen).T
-    return found, report(y, predicted)
-
-
-def _link(timelines: Sequence[Timeline], worker: Coefficient) -> Coefficient:
-    """Seconds per byte with several workers at once; never slower than one of them."""
-    several = [
-        t.makespan_ns / 1e9 / sum(s.op.n_bytes for s in t.spans)
-        for t in timelines
-        if len(t.by_stream()) > 1
-    ]
-    value = min(worker.value, median(several))
-    low, high = min(value, *several), max(value, *several)
-    return Coefficient(value=value, unit="s/byte", low=low, high=high)
-
-
-def tiers_of(
-    configs: Sequence[TierConfig],
-    media: Mapping[str, Coefficient],
-    rhos: Sequence[float],
-    unbuffered: Mapping[str, bool | None],
-) -> dict[str, Tier]:
-    """Tiers with the rate and latency of their medium; a limited one has its limit as the link."""
-    tiers = {}
-    limits = [c for c in configs if c.limit_bytes_per_s is not None]
-    for config in configs:
-        worker = 1.0 / max(media[f"load.{config.medium}.byte"].value, 1e-12)
-        link = 1.0 / max(media[f"load.{config.medium}.link"].value, 1e-12)
-        limited = config.limit_bytes_per_s is not None
-        tiers[config.name] = Tier(
-            medium=config.medium,
-            link_bytes_per_s=config.limit_bytes_per_s or link,
-            worker_bytes_per_s=worker,
-            read_latency_s=media[f"load.{config.medium}.read"].value,
-            capacity_bytes=config.capacity_bytes,
-            limited=limited,
-            rho=rhos[limits.index(config)] if limited else None,
-            unbuffered=unbuffered[config.name],
-        )
-    return tiers

@@ -17,6 +17,7 @@ from ..core.hardware import HardwareProfile
 from ..core.ops import Schedule
 from ..core.timeline import Timeline
 from ..simulator.executor import SimExecutor
+from .align import ms_by_kind
 from .calibrate import open_runner
 from .collect import Measured, run_once, ttft_ms
 from .probes import Library, Probe, held_out
@@ -79,7 +80,7 @@ def predict(profile: HardwareProfile, runner: Runner, probes: Sequence[Probe]) -
                 n_prompt=probe.n_prompt,
                 ttft_ms_predicted=ttft_ms(timeline),
                 ttft_ms_measured=[],
-                op_ms_predicted=_by_kind(timeline),
+                op_ms_predicted=ms_by_kind(timeline),
                 op_ms_measured={},
             )
         )
@@ -127,7 +128,7 @@ def measure(
             timeline = run_once(runner, one.probe)
             if turn > 0:
                 point.ttft_ms_measured.append(ttft_ms(timeline))
-                for kind, ms in _by_kind(timeline).items():
+                for kind, ms in ms_by_kind(timeline).items():
                     point.op_ms_measured.setdefault(kind, []).append(ms)
             if progress is not None:
                 progress("held-out", turn * len(probes) + i + 1, len(probes) * (n_repeats + 1))
@@ -150,6 +151,9 @@ def summarise(points: Sequence[Point]) -> dict[str, Any]:
     out["a_a_error_p95"] = p95([abs(p.a_a_error) for p in points])
     kinds = sorted({k for p in points for k in p.op_ms_predicted})
     out["by_op"] = {kind: _op_errors(points, kind) for kind in kinds}
+    plain = [p for p in points if not p.limited and "load" in p.op_ms_predicted]
+    if plain:
+        out["load_unlimited"] = _op_errors(plain, "load")
     out["bounds"] = {
         "ttft_error_median": TTFT_MEDIAN_BOUND,
         "ttft_error_p95": TTFT_P95_BOUND,
@@ -170,15 +174,10 @@ def _op_errors(points: Sequence[Point], kind: str) -> dict[str, float]:
         for p in points
         if kind in p.op_ms_predicted
     ]
+    repeats = [p.op_ms_measured[kind] for p in points if kind in p.op_ms_predicted]
     return {
         "n": len(errors),
         "error_median": median(abs(e) for e in errors),
         "signed_median": median(errors),
+        "a_a_error_median": median(abs(median(r[::2]) / median(r[1::2]) - 1) for r in repeats),
     }
-
-
-def _by_kind(timeline: Timeline) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for span in timeline.spans:
-        total[span.op.kind] = total.get(span.op.kind, 0.0) + span.duration_ns / 1e6
-    return total

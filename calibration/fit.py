@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,13 @@ from ..simulator.cost import (
     features,
     wake_coefficient,
 )
-from ..simulator.interference import LOSES_TO, coefficient_of, source_of
+from ..simulator.interference import LOSES_TO, coefficient_of, slowed_of, source_of
+from .collect import Measured
 
 N_BOOTSTRAP = 200
 MOST_LOST = 0.9
 """Upper bound of a share of speed that one source can cost."""
-INTERFERED: tuple[OpKind, ...] = ("prefill", "restore")
+INTERFERED: tuple[OpKind, ...] = ("prefill", "restore", "load")
 """Kinds that interference is fitted on; others of their stream suffer the same."""
 
 
@@ -56,8 +57,35 @@ def fit_kind(kind: OpKind, samples: Sequence[Sample], model: ModelSpec, seed: in
         samples: at least one; ops without rows are left out by the caller.
         seed: of the bootstrap.
     """
-    names = list(FEATURES[kind])
-    rows = [features(s.op, model) for s in samples]
+    return fit_rows(list(FEATURES[kind]), [features(s.op, model) for s in samples], samples, seed)
+
+
+def fit_loads(samples: Sequence[Sample], media: Mapping[str, str], seed: int) -> Fit:
+    """`load.op`, and for each medium the seconds per read and per byte of one worker.
+
+    Args:
+        samples: loads from tiers as they are, alone and beside other ops.
+        media: medium by tier.
+    """
+    names = ["load.op"]
+    names += [f"load.{medium}.{what}" for medium in media.values() for what in ("read", "byte")]
+    rows = []
+    for sample in samples:
+        row = dict.fromkeys(names, 0.0)
+        medium = media[sample.op.tier]
+        row |= {
+            "load.op": 1.0,
+            f"load.{medium}.read": float(sample.op.n_reads),
+            f"load.{medium}.byte": float(sample.op.n_bytes),
+        }
+        rows.append(row)
+    return fit_rows(names, rows, samples, seed)
+
+
+def fit_rows(
+    names: list[str], rows: list[dict[str, float]], samples: Sequence[Sample], seed: int
+) -> Fit:
+    """Fit `rows` of features, and what the samples carry beside them, to their seconds."""
     for extra in sorted({extra for s in samples for extra in s.extras}):
         names.append(extra)
         for row, sample in zip(rows, samples, strict=True):
@@ -114,6 +142,17 @@ def report(y: NDArray[np.float64], predicted: NDArray[np.float64]) -> FitReport:
     )
 
 
+def samples_of(measured: Measured, tiers: Mapping[str, Tier]) -> list[Sample]:
+    """Each op of a probe: median seconds, and means over the repeats of what was beside it."""
+    extras = [extras_of(t, tiers) for t in measured.timelines]
+    samples = []
+    for op in measured.ops():
+        names = {name for found in extras for name in found[op.op_id]}
+        beside = {n: mean(f[op.op_id].get(n, 0.0) for f in extras) for n in names}
+        samples.append(Sample(op, measured.median_ns(op.op_id) / 1e9, beside))
+    return samples
+
+
 def extras_of(timeline: Timeline, tiers: Mapping[str, Tier]) -> dict[int, dict[str, float]]:
     """By op id: seconds beside each source of interference, and 1 where a stream had to wake."""
     found = {}
@@ -133,14 +172,15 @@ def _beside_s(timeline: Timeline, span: Span, tiers: Mapping[str, Tier]) -> dict
     found: dict[str, float] = {}
     if span.op.kind not in INTERFERED:
         return found
-    loses_to = LOSES_TO.get(span.op.stream, ())
+    slowed = slowed_of(span.op)
+    loses_to = LOSES_TO.get(slowed, ())
     for other in timeline.spans:
         if other.op.stream == span.op.stream:
             continue
         source, strength = source_of(other.op, tiers)
         if source in loses_to:
             both_ns = min(span.end_ns, other.end_ns) - max(span.start_ns, other.start_ns)
-            name = coefficient_of(span.op.stream, source)
+            name = coefficient_of(slowed, source)
             found[name] = found.get(name, 0.0) + max(0, both_ns) * strength / 1e9
     return {k: min(v, span.duration_ns / 1e9) for k, v in found.items()}
 

@@ -173,13 +173,17 @@ def print_points(points: list[Point], summary: dict[str, Any]) -> None:
         }
         for label in ("median", "p95")
     ]
-    for kind, error in summary["by_op"].items():
+    kinds = {f"|{kind}|, median": error for kind, error in summary["by_op"].items()}
+    if "load_unlimited" in summary:
+        kinds["|load| of tiers as they are, median"] = summary["load_unlimited"]
+    for label, error in kinds.items():
         rows.append(
             {
-                "error": f"|{kind}|, median",
+                "error": label,
                 "reached": error["error_median"],
                 "signed": error["signed_median"],
                 "bound": bounds["op_error_median"],
+                "A/A": error["a_a_error_median"],
             }
         )
     print_table(rows, ["error", "reached", "signed", "bound", "A/A"], "fidelity, fractions")

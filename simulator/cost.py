@@ -27,7 +27,7 @@ WAKE_AFTER_NS = 1_000_000
 
 FEATURES: dict[OpKind, tuple[str, ...]] = {
     "load": ("load.op",),
-    "restore": ("restore.op", "restore.piece", "restore.byte"),
+    "restore": ("restore.op", "restore.layer", "restore.piece", "restore.byte"),
     "select": ("select.op", "select.row"),
     "prefill": (
         "prefill.op",
@@ -38,7 +38,13 @@ FEATURES: dict[OpKind, tuple[str, ...]] = {
         "prefill.causal_flop",
     ),
     "head": ("head.op",),
-    "decode": ("decode.op", "decode.layer", "decode.row_layer", "decode.attention_flop"),
+    "decode": (
+        "decode.op",
+        "decode.layer",
+        "decode.batched_layer",
+        "decode.row_layer",
+        "decode.attention_flop",
+    ),
 }
 """Feature names by op kind, in the order of `feature_values`."""
 
@@ -151,8 +157,9 @@ def _load(op: Op, model: ModelSpec) -> tuple[float, ...]:
 
 def _restore(op: Op, model: ModelSpec) -> tuple[float, ...]:
     if not op.n_tokens:
-        return (1.0, 0.0, 0.0)
-    return (1.0, float(op.n_reads), float(op.n_bytes))
+        return (1.0, 0.0, 0.0, 0.0)
+    layers = op.layer_stop - op.layer_start
+    return (1.0, float(layers), float(op.n_reads), float(op.n_bytes))
 
 
 def _select(op: Op, model: ModelSpec) -> tuple[float, ...]:
@@ -184,10 +191,12 @@ def _head(op: Op, model: ModelSpec) -> tuple[float, ...]:
 def _decode(op: Op, model: ModelSpec) -> tuple[float, ...]:
     rows, layers = op.n_tokens, op.layer_stop - op.layer_start
     if not rows:
-        return (1.0, 0.0, 0.0, 0.0)
+        return (1.0, 0.0, 0.0, 0.0, 0.0)
     return (
         1.0,
         float(layers),
+        # One row is a matrix times a vector; several take another kernel.
+        float(layers) if rows > 1 else 0.0,
         float(rows * layers),
         float(model.attention_flops(op.n_pairs, layers)),
     )

@@ -142,18 +142,14 @@ class SimExecutor:
             self._interference.begin(task.op)
         if task.op.kind == "load":
             parts = self._cost.load_ns(task.op)
-            delay = self._gap_ns + round(parts.fixed_ns * factor)
-            n_bytes = round(parts.n_bytes * factor)
-            next_step = self._move if n_bytes else self._on_timeout
-            later(self._env, delay, next_step, (task, n_bytes))
-            self._retime()
-            return
-        own_ns = self._cost.duration_ns(task.op)
+            own_ns, task.n_bytes = parts.fixed_ns, round(parts.n_bytes * factor)
+        else:
+            own_ns = self._cost.duration_ns(task.op)
         if self._env.now - stream.idle_since_ns >= WAKE_AFTER_NS:
             own_ns += self._cost.wake_ns(task.op)
         delay = self._gap_ns + round(own_ns * factor)
         if not self._is_interfered:
-            later(self._env, delay, self._on_timeout, (task, 0))
+            later(self._env, delay, self._on_timeout, task)
             return
         task.left_ns, task.since_ns = delay, int(self._env.now)
         self._running.append(task)
@@ -177,16 +173,18 @@ class SimExecutor:
         task, version = due
         if version == task.version:
             self._running.remove(task)
-            self._end(task)
-
-    def _move(self, event: simpy.Event) -> None:
-        moved: tuple[Task, int] = event.value  # type: ignore[assignment]
-        task, n_bytes = moved
-        self._link(task.op.tier).join(task, n_bytes)
+            self._worked(task)
 
     def _on_timeout(self, event: simpy.Event) -> None:
-        ended: tuple[Task, int] = event.value  # type: ignore[assignment]
-        self._end(ended[0])
+        task: Task = event.value  # type: ignore[assignment]
+        self._worked(task)
+
+    def _worked(self, task: Task) -> None:
+        """An op's own work is done; what is left of a load are its bytes."""
+        if task.n_bytes:
+            self._link(task.op.tier).join(task, task.n_bytes)
+        else:
+            self._end(task)
 
     def _end(self, task: Task) -> None:
         """Record the span, free the stream, and start whatever waited for either."""

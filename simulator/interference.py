@@ -1,9 +1,10 @@
 """How ops of different streams slow each other: they share cores, memory and the interpreter.
 
 `interference.<stream>.<source>` is the share of its speed that an op of the stream loses while the
-source is active: loads (by medium), restores on their own stream, compute. A tier behind a rate
-limiter mostly sleeps: it counts by the share of the medium's rate that it uses. Calibration fits
-the shares from the measured overlap of spans.
+source is active: loads (by medium), restores on their own stream, compute. All I/O streams are
+`io`: what a load loses there is its own work, before its bytes move (`simulator.cost.LoadParts`);
+bytes share the link. A tier behind a rate limiter mostly sleeps: it counts by the share of the
+medium's rate that it uses. Calibration fits the shares from the measured overlap of spans.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from collections.abc import Mapping
 from ..core.hardware import HardwareProfile, Tier
 from ..core.ops import COMPUTE, RESTORE, Op
 
+IO = "io"
+MEDIA = ("dram", "file", "remote")
+
 LOSES_TO: dict[str, tuple[str, ...]] = {
-    COMPUTE: ("dram", "file", "remote", "restore"),
-    RESTORE: ("dram", "file", "remote", "compute"),
+    COMPUTE: (*MEDIA, "restore"),
+    RESTORE: (*MEDIA, "compute"),
+    IO: (*MEDIA, "restore", "compute"),
 }
 """Sources by the stream of the op that is slowed."""
 
@@ -23,9 +28,14 @@ SLOWEST = 0.2
 """No op falls below this share of its speed, whatever is active beside it."""
 
 
-def coefficient_of(stream: str, source: str) -> str:
+def slowed_of(op: Op) -> str:
+    """Whose shares hold for an op: its stream's, or those of all I/O streams."""
+    return IO if op.kind == "load" else op.stream
+
+
+def coefficient_of(slowed: str, source: str) -> str:
     """Name of the coefficient: who is slowed, by what."""
-    return f"interference.{stream}.{source}"
+    return f"interference.{slowed}.{source}"
 
 
 def source_of(op: Op, tiers: Mapping[str, Tier]) -> tuple[str, float]:
@@ -42,10 +52,10 @@ class Interference:
     def __init__(self, profile: HardwareProfile) -> None:
         self._tiers = profile.tiers
         self._share = {
-            (stream, source): found.value
-            for stream, sources in LOSES_TO.items()
+            (slowed, source): found.value
+            for slowed, sources in LOSES_TO.items()
             for source in sources
-            if (found := profile.coefficients.get(coefficient_of(stream, source))) is not None
+            if (found := profile.coefficients.get(coefficient_of(slowed, source))) is not None
         }
         self._active: dict[tuple[int, str], float] = {}
 
@@ -67,9 +77,13 @@ class Interference:
 
     def rate(self, op: Op) -> float:
         """Share of its own speed at which `op` goes now."""
+        slowed = slowed_of(op)
+        own, strength = source_of(op, self._tiers)
         lost = 0.0
-        for source in LOSES_TO.get(op.stream, ()):
+        for source in LOSES_TO.get(slowed, ()):
             active = self._active.get((op.device, source), 0.0)
+            if source == own:
+                active -= strength
             if active > 1e-9:
-                lost += self._share.get((op.stream, source), 0.0) * min(1.0, active)
+                lost += self._share.get((slowed, source), 0.0) * min(1.0, active)
         return max(SLOWEST, 1.0 - lost)

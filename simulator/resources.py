@@ -34,8 +34,8 @@ class Task:
     """One submitted op on its way through a stream."""
 
     __slots__ = (
-        "dependents", "left_ns", "n_unmet", "op", "rate", "seq", "since_ns", "start_ns", "stream",
-        "submit_ns", "version",
+        "dependents", "left_ns", "n_bytes", "n_unmet", "op", "rate", "seq", "since_ns", "start_ns",
+        "stream", "submit_ns", "version",
     )  # fmt: skip
 
     def __init__(self, op: Op, seq: int, submit_ns: int, stream: Stream) -> None:
@@ -47,6 +47,8 @@ class Task:
         self.n_unmet = 0
         """Dependencies that have not ended."""
         self.dependents: list[Task] = []
+        self.n_bytes = 0
+        """What a load moves once its own work is done."""
         self.left_ns = 0.0
         """Work left at full speed, as of `since_ns`; `rate` is the share of it since then."""
         self.since_ns = 0

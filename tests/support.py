@@ -19,6 +19,7 @@ NS = 1e-9
 COEFFICIENTS_S = {
     "load.op": 10 * NS,
     "restore.op": 5 * NS,
+    "restore.layer": 0.0,
     "restore.piece": 1 * NS,
     "restore.byte": 0.0,
     "select.op": 7 * NS,
@@ -32,6 +33,7 @@ COEFFICIENTS_S = {
     "head.op": 50 * NS,
     "decode.op": 20 * NS,
     "decode.layer": 0.0,
+    "decode.batched_layer": 0.0,
     "decode.row_layer": 1 * NS,
     "decode.attention_flop": 0.0,
     "dispatch.gap": 0.0,

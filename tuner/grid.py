@@ -34,6 +34,9 @@ STRUCTURES: tuple[dict[str, Any], ...] = (
 )
 """Stream schedules that every ratio of the grid is combined with."""
 
+SLOW_MS = 1000.0
+"""Runs that take longer need no warm-up: they mostly wait for a limited tier."""
+
 RATIO_SHARES = (0.0, 0.05, 0.12, 0.22, 0.35, 0.5, 0.7, 0.9)
 """Ratios as shares of the way from the smallest allowed one to 1."""
 
@@ -146,10 +149,12 @@ def run_grid(
     warm: set[int] = set()
     with open(rows_path, "a", encoding="utf-8") as file:
         for n, (turn, i) in enumerate(missing, start=1):
-            if i not in warm:  # first touch ingests, faults pages in and fills caches
-                bench.once(plans[i])
-                warm.add(i)
-            done[i, turn] = bench.once(plans[i])
+            ttft_ms = bench.once(plans[i])
+            # First touch faults pages in and fills caches; a wait of seconds hides that.
+            if i not in warm and ttft_ms < SLOW_MS:
+                ttft_ms = bench.once(plans[i])
+            warm.add(i)
+            done[i, turn] = ttft_ms
             file.write(json.dumps({"plan": i, "turn": turn, "ttft_ms": done[i, turn]}) + "\n")
             file.flush()
             if progress is not None:

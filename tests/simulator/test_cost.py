@@ -28,12 +28,16 @@ def test_features_by_hand():
     assert features(decode, MODEL) == {
         "decode.op": 1,
         "decode.layer": 2,
+        "decode.batched_layer": 2,
         "decode.row_layer": 6,
         "decode.attention_flop": 64 * 50 * 2,
     }
+    alone = make_op(0, "decode", n_tokens=1, n_pairs=50, **LAYERS)
+    assert features(alone, MODEL)["decode.batched_layer"] == 0
     restore = make_op(0, "restore", n_tokens=5, n_reads=4, n_bytes=640, **LAYERS)
     assert features(restore, MODEL) == {
         "restore.op": 1,
+        "restore.layer": 2,
         "restore.piece": 4,
         "restore.byte": 640,
     }

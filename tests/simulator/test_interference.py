@@ -63,6 +63,24 @@ def test_a_limited_tier_counts_by_the_share_of_its_medium(link: float, end: int)
     assert times[0] == end
 
 
+def test_a_load_loses_its_own_work_to_others_but_never_to_itself():
+    """Its overhead of 60 ns takes 120 at half speed; its 40 bytes follow at the link's rate."""
+    shares = {"load.op": 60 * NS, "interference.io.compute": 0.5, "interference.io.dram": 0.5}
+    assert run(shares, load(0, 40)) == [(0, 0, 100)]
+    assert run(shares, load(0, 40), prefill(1), prefill(2)) == [
+        (1, 0, 100),
+        (0, 0, 160),
+        (2, 100, 200),
+    ]
+
+
+def test_loads_side_by_side_slow_each_other():
+    """Both work at half speed for 120 ns, then 40 bytes each on a link of one byte per ns."""
+    shares = {"load.op": 60 * NS, "interference.io.dram": 0.5}
+    beside = make_op(1, "load", "io.dram.1", n_bytes=40, tier="dram")
+    assert run(shares, load(0, 40), beside) == [(0, 0, 200), (1, 0, 200)]
+
+
 def test_no_op_stands_still():
     """Shares above one leave a fifth of the speed: 40 ns did 8, 92 are left."""
     shares = {"interference.compute.restore": 5.0}
