@@ -19,8 +19,8 @@ from ..simulator.executor import SimExecutor
 from .collect import Measured
 
 N_ROUNDS = 2
-ALIGNED: tuple[OpKind, ...] = ("prefill", "restore", "head", "decode")
-"""Loads mostly follow their tier's rate; selections are too few."""
+ALIGNED: tuple[OpKind, ...] = ("prefill", "restore", "select", "head", "decode")
+"""All but loads: they follow their tier's rate."""
 
 
 def align(profile: HardwareProfile, measured: Sequence[Measured]) -> HardwareProfile:

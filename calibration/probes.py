@@ -127,10 +127,26 @@ def ladder(library: Library, tiers: Sequence[str], max_tokens: int) -> list[Prob
             add(plan_with("cachetune", ratio, **knobs), tier)
         add(plan_with("cachetune", 0.15, load_order="chunk", n_io_workers=2), tiers[s % len(tiers)])
         add(plan_with("cacheblend", 0.15), tiers[s % len(tiers)])
+    probes += batch_ladder(library, tiers, shapes)
     probes += decode_ladder(library, tiers[0], max_tokens)
     # Probes of one shape behind one another would find its chunks and weights in the CPU's caches.
     order = rng(library.seed, "ladder").permutation(len(probes))
     return [probes[i] for i in order]
+
+
+def batch_ladder(library: Library, tiers: Sequence[str], shapes: Sequence[Shape]) -> list[Probe]:
+    """Several requests of a shape's tokens in all: one restores while another computes."""
+    probes = []
+    for s, shape in enumerate(shapes[2:], start=2):
+        batch = 2 + s % 2
+        small = Shape(shape.n_chunks, shape.chunk_tokens // batch, shape.suffix_tokens // batch)
+        workload = library.workload(small, batch, shelf=s)
+        for i, ratio in enumerate((0.0, 0.3)):
+            knobs = {"layer_group": 1 + (s + i) % 4, "n_io_workers": 1 + (s + i) % 3}
+            plan = plan_with("cachetune", ratio, **knobs)
+            tier = tiers[(s + 2 * i) % len(tiers)]
+            probes.append(Probe(f"batch.{batch}x{s}.{tier}.{i}", workload, plan, tier))
+    return probes
 
 
 def decode_ladder(library: Library, tier: str, max_tokens: int) -> list[Probe]:
