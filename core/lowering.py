@@ -215,7 +215,9 @@ class _Lowering:
 
     def _select(self, group: _Group, after: list[Op]) -> Op:
         check = _Group(group.start, group.start + 1)
-        return self._op("select", COMPUTE, check, n_tokens=self.decision.n_prompt, after=after)
+        chunks = tuple(self._loaded(group))
+        n_prompt = self.decision.n_prompt
+        return self._op("select", COMPUTE, check, n_tokens=n_prompt, chunks=chunks, after=after)
 
     def _prefill(
         self, group: _Group, segments: tuple[Segment, ...], after: list[Op], piece: int = 0

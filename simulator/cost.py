@@ -28,7 +28,7 @@ WAKE_AFTER_NS = 1_000_000
 FEATURES: dict[OpKind, tuple[str, ...]] = {
     "load": ("load.op",),
     "restore": ("restore.op", "restore.layer", "restore.piece", "restore.byte"),
-    "select": ("select.op", "select.row"),
+    "select": ("select.op", "select.chunk", "select.row"),
     "prefill": (
         "prefill.op",
         "prefill.layer",
@@ -163,7 +163,7 @@ def _restore(op: Op, model: ModelSpec) -> tuple[float, ...]:
 
 
 def _select(op: Op, model: ModelSpec) -> tuple[float, ...]:
-    return (1.0, float(op.n_tokens))
+    return (1.0, float(len(op.chunks)), float(op.n_tokens))
 
 
 def _prefill(op: Op, model: ModelSpec) -> tuple[float, ...]:

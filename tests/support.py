@@ -23,6 +23,7 @@ COEFFICIENTS_S = {
     "restore.piece": 1 * NS,
     "restore.byte": 0.0,
     "select.op": 7 * NS,
+    "select.chunk": 0.0,
     "select.row": 1 * NS,
     "prefill.op": 100 * NS,
     "prefill.layer": 10 * NS,

@@ -26,6 +26,7 @@ KNOWN = {
     "restore.piece": 15 * US,
     "restore.byte": 6e-10,
     "select.op": 500 * US,
+    "select.chunk": 40 * US,
     "select.row": 2 * US,
     "prefill.op": 50 * US,
     "prefill.layer": 1200 * US,

@@ -41,7 +41,8 @@ def test_features_by_hand():
         "restore.piece": 4,
         "restore.byte": 640,
     }
-    assert features(make_op(0, "select", n_tokens=9), MODEL) == {"select.op": 1, "select.row": 9}
+    select = make_op(0, "select", n_tokens=9, chunks=(0, 2))
+    assert features(select, MODEL) == {"select.op": 1, "select.chunk": 2, "select.row": 9}
     assert features(make_op(0, "head", n_tokens=1), MODEL) == {"head.op": 1}
     assert features(make_op(0, "load", n_bytes=9), MODEL) == {"load.op": 1}
 
