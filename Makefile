@@ -35,7 +35,7 @@ check: $(READY)  ## ruff, and mypy (strict) on core
 soak: $(READY)  ## the slow tests: full counts of kills, fuzz, load; goes on where it was stopped
 	$(RUN) pytest -m "slow and not gpu" --timeout 7200 $(ARGS)
 
-BENCHES := fidelity quality ttft grid serve
+BENCHES := fidelity quality ttft throughput kernels io grid serve
 SEED    ?= 11
 
 bench: $(BENCHES:%=build/bench/%)  ## all measurements; a second call goes on where the first stopped
@@ -49,8 +49,8 @@ build/bench/%: $(READY)
 	$(RUN) cachetune bench $* $(ARGS)
 	@mkdir -p $(@D) && touch $@
 
-gpu:  ## tests that need a CUDA device, on the Python at hand: no set-up, no network
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pytest -m gpu $(ARGS)
+gpu:  ## correctness, benchmarks and the loop on a CUDA device, no set-up; without one a dry run
+	PYTHONPATH=.typing $(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m cachetune bench gpu $(ARGS)
 
 clean:  ## remove what the other verbs made
 	rm -rf .venv build dist cachetune.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,7 +51,7 @@ def _load_only(runner: Runner, probe: Probe) -> list[Timeline]:
 
 
 def fit_media(measured: Sequence[Measured], media: Mapping[str, str], seed: int) -> Fit:
-    """`load.op`, for each medium `load.<medium>.read`, `.byte` and `.link`, and `interference.io.*`.
+    """`load.op`, by medium `load.<medium>.read`, `.byte`, `.link`, and `interference.io.*`.
 
     Args:
         measured: `measure_media`, then probes; only tiers that are not limited count.

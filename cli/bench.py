@@ -7,10 +7,10 @@ from pathlib import Path
 
 import typer
 
-BENCHES = ("quality", "ttft", "grid", "serve")
+BENCHES = ("quality", "ttft", "throughput", "kernels", "io", "grid", "serve", "gpu")
 """In the order of `--help`; those whose module is there are offered."""
 
-command = typer.Typer(help="Measure quality, TTFT and tuned plans; results go to files.")
+command = typer.Typer(help="Measure kernels, I/O, TTFT, throughput, quality and plans, to files.")
 
 for _name in BENCHES:
     if (Path(__file__).parent / f"bench_{_name}.py").is_file():

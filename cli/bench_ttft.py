@@ -1,27 +1,76 @@
-"""`cachetune bench ttft`: measured speed-ups and overlap, every row with its spread."""
+"""`cachetune bench ttft`: measured speed-ups in four ledgers, and the balance on slower tiers."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from ..calibration.ttft import Overlap, Row
+    from ..calibration.probes import Shape
+    from ..runtime.loaded_model import LoadedModel
+    from .bench_parts import Parts
 
 _Model = Annotated[str, typer.Option(help="Hugging Face folder, or a shape with random weights.")]
 _Chunks = Annotated[int, typer.Option(min=2, help="Chunks in the prompt.")]
 _ChunkTokens = Annotated[int, typer.Option(min=16, help="Tokens of a chunk.")]
 _Ratio = Annotated[float, typer.Option(min=0, max=1, help="Share of a chunk that is recomputed.")]
-_Repeats = Annotated[int, typer.Option(min=3, help="Interleaved repeats.")]
+_Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats; 3 or more for a result.")]
 _Group = Annotated[int, typer.Option(min=1, help="Layers per op.")]
-_Out = Annotated[Path, typer.Option(help="Where the result is written.")]
+_Piece = Annotated[int, typer.Option(min=16, help="Chunked prefill: most rows of a piece.")]
+_Policies = Annotated[str, typer.Option(help="Policies beside full recompute, by comma.")]
+_Tiers = Annotated[str, typer.Option(help="Of dram, file, file-cached and redis, by comma.")]
+_Rhos = Annotated[str, typer.Option(help="Rate-limited tiers, by comma; empty for none.")]
+_Parts = Annotated[str, typer.Option(help="Parts to measure now, by comma; all by default.")]
+_Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")]
+_Device = Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda where there is one.")]
+_Threads = Annotated[int, typer.Option(min=1, help="Threads of a compute op on a CPU.")]
+_Out = Annotated[Path | None, typer.Option(help="The result; by default below results/.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Recorded with the result.")]
 
-OVERLAP_RHOS = (0.7, 4.0)
+SUFFIX_TOKENS = 32
+CURVE = "curve"
+CURVE_RATIOS = (0.35, 0.6, 0.85, 1.0)
+WHOLE_PROMPT = 1 << 20
+HOT_PATH_MS = 2.0
+COLD = {
+    "dram": "pinned or plain memory of this machine",
+    "file": "O_DIRECT; cold only as far as this system sees it: a virtual disk has a host's cache",
+    "file-cached": "warm: read through this system's page cache, all of it in memory",
+    "redis": "a server of this machine, through the loopback",
+}
+LEDGERS = (
+    "policy", "tier", "ratio", "n", "ttft_ms", "ttft_ms_min", "ttft_ms_max", "lookup_ms", "path_ms",
+    "prepared_ms", "break_even",
+)  # fmt: skip
+IDEALS = (
+    "policy", "tier", "flops_skipped", "n_bytes", "ideal_ms", "of_ideal", "speedup",
+    "ideal_speedup", "of_ideal_speedup", "path_speedup", "prepared_speedup",
+)  # fmt: skip
+BALANCE = (
+    "rho", "plan", "ratio", "ttft_ms", "load_ms", "compute_ms", "bound_ms", "factor", "must",
+    "overlap", "slowdown", "speedup", "allowed_speedup", "n",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every part needs."""
+
+    loaded: LoadedModel
+    device: str
+    threads: int
+    shape: Shape
+    ratio: float
+    policies: tuple[str, ...]
+    repeats: int
+    knobs: dict[str, int]
+    tell: Any
 
 
 def command(
@@ -31,94 +80,210 @@ def command(
     ratio: _Ratio = 0.15,
     repeats: _Repeats = 3,
     layer_group: _Group = 1,
-    out: _Out = Path("results/cpu/ttft.json"),
+    prefill_chunk: _Piece = WHOLE_PROMPT,
+    policies: _Policies = "prefix_cache,full_reuse,cacheblend,epic,cachetune",
+    tiers: _Tiers = "dram,file,file-cached",
+    rhos: _Rhos = "0.1,0.7,4,25",
+    parts: _Parts = "",
+    fresh: _Fresh = False,
+    device: _Device = "auto",
+    threads: _Threads = 1,
+    out: _Out = None,
     seed: _Seed = 0,
 ) -> None:
-    """Measure TTFT of every policy against full recompute, and the overlap of load and compute."""
-    from ..calibration.calibrate import Settings, recompute_s_per_token, rho_tier, tier_configs
-    from ..calibration.probes import Library, Shape
-    from ..calibration.ttft import overlaps, speedups
-    from ..core.record import check_writable, write_atomic
-    from ..runtime.loaded_model import load_model
-    from ..runtime.machine import provenance_here
-    from ..runtime.runner import Runner
-    from .console import note, print_json_line, progress_bar
+    """Measure TTFT of every policy against full recompute; slower tiers at their balanced ratio."""
+    from ..calibration.calibrate import rho_tier
+    from ..calibration.probes import Shape
+    from ..core.record import check_writable
+    from .bench_machine import load, pick_device, results_folder
+    from .bench_parts import Parts
+    from .console import progress_bar
 
+    device = pick_device(device)
+    out = out or results_folder(device) / "ttft.json"
     check_writable(out)
-    loaded = load_model(model)
-    shape = Shape(chunks, chunk_tokens, 32)
-    knobs = {"layer_group": layer_group, "prefill_chunk_tokens": 1 << 20}
-    with tempfile.TemporaryDirectory(prefix="cachetune-") as folder, progress_bar() as tell:
-        plain = tier_configs(loaded.spec, 1.0, ())
-        with Runner(loaded, folder, plain) as runner:
-            tiers: dict[str, float | None] = {c.name: None for c in plain}
-            rows, hf_ms = speedups(runner, shape, ratio, tiers, repeats, tell, **knobs)
-            settings = Settings(max_tokens=chunks * chunk_tokens)
-            token_s = recompute_s_per_token(runner, Library(loaded.spec, 0), settings)
-        limited = tier_configs(loaded.spec, token_s, OVERLAP_RHOS)
-        with Runner(loaded, folder, limited) as runner:
-            named: dict[str, float | None] = {rho_tier(rho): rho for rho in OVERLAP_RHOS}
-            found = overlaps(runner, shape, named, (ratio, 0.5), repeats, **knobs)
+    limited = {rho_tier(float(r)): float(r) for r in rhos.split(",") if r.strip()}
+    plain = [t.strip() for t in tiers.split(",") if t.strip()]
+    _check_tiers(plain)
+    settings = {
+        "model": model, "chunks": chunks, "chunk_tokens": chunk_tokens, "ratio": ratio,
+        "repeats": repeats, "layer_group": layer_group, "prefill_chunk": prefill_chunk,
+        "policies": policies, "rhos": rhos, "device": device, "threads": threads, "seed": seed,
+    }  # fmt: skip
+    names = [*plain, *([CURVE] if limited else []), *limited]
+    work = Parts("ttft", settings, names, parts)
+    loaded = load(model, device, seed)
+    with progress_bar() as tell:
+        run = _Run(
+            loaded,
+            device,
+            threads,
+            Shape(chunks, chunk_tokens, SUFFIX_TOKENS),
+            ratio,
+            tuple(p.strip() for p in policies.split(",") if p.strip()),
+            repeats,
+            {"layer_group": layer_group, "prefill_chunk_tokens": prefill_chunk},
+            tell,
+        )
+        for part in work.wanted:
+            if part in plain:
+                work.measure(part, lambda p=part: _plain(run, p, seed), fresh=fresh)
+            elif part == CURVE:
+                work.measure(part, lambda: _curves(run, limited.values(), seed), fresh=fresh)
+            else:
+                if work.kept(CURVE) is None:
+                    work.measure(CURVE, lambda: _curves(run, limited.values(), seed), fresh=False)
+                rho = limited[part]
+                how = lambda p=part, r=rho: _limited(run, work, p, r, seed)  # noqa: E731
+                work.measure(part, how, fresh=fresh)
+    _finish(work, settings, loaded, out)
+
+
+def _check_tiers(tiers: list[str]) -> None:
+    from ..core.errors import CacheTuneError
+
+    if unknown := [t for t in tiers if t not in COLD]:
+        raise CacheTuneError(f"--tiers must be of {', '.join(COLD)}", values=", ".join(unknown))
+
+
+def _plain(run: _Run, tier: str, seed: int) -> dict[str, Any]:
+    """One tier as it is: all policies."""
+    from dataclasses import asdict
+
+    from ..calibration import ceilings as limits
+    from ..calibration.ttft import ledgers, measure_tier, policy_plans
+    from ..runtime.hot_path import hot_path
+    from .bench_machine import provenance, runner, tier_of
+
+    with tempfile.TemporaryDirectory(prefix="cachetune-") as folder, tier_of(tier) as config:
+        found = limits.measure(
+            run.device, Path(folder), dtype=run.loaded.spec.dtype, threads=run.threads
+        )
+        with runner(run.loaded, folder, [config], run.device, run.threads) as r:
+            measured = measure_tier(
+                r, run.shape, run.ratio, tier, run.policies, run.repeats, run.device, run.tell,
+                **run.knobs,
+            )  # fmt: skip
+            unbuffered = r.store.is_unbuffered(tier)
+    plans = policy_plans(run.ratio, run.shape.chunk_tokens, **run.knobs)
+    path = hot_path(run.loaded.spec, plans["cachetune"])
+    return {
+        "provenance": provenance(seed, run.device),
+        "storage": COLD[tier],
+        "unbuffered": unbuffered,
+        "hit_of_64_chunks": {**asdict(path), "must_ms": HOT_PATH_MS},
+        "ceilings": limits.as_json(found),
+        "peer_ms": measured.peer_ms,
+        "baseline_ms": {name: measured.baseline_ms(name) for name in ("ttft_ms", "path_ms")},
+        "rows": ledgers(measured, plans, config, found),
+    }
+
+
+def _curves(run: _Run, rhos: Iterable[float], seed: int) -> dict[str, Any]:
+    """Compute alone at several ratios, and the time to recompute a token."""
+    from dataclasses import asdict
+    from statistics import median
+
+    from ..calibration.balance import SLOW_RHO, compute_curve
+    from .bench_machine import provenance, runner, tier_of
+
+    ratios = sorted({run.ratio, *CURVE_RATIOS})
+    ways = [False, True] if min(rhos) < SLOW_RHO else [False]
+    with (
+        tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
+        tier_of("dram") as config,
+        runner(run.loaded, folder, [config], run.device, run.threads) as r,
+    ):
+        found = [
+            compute_curve(r, run.shape, ratios, way, "dram", run.repeats, run.tell, **run.knobs)
+            for way in ways
+        ]
+    n_prompt = run.shape.n_chunks * run.shape.chunk_tokens + run.shape.suffix_tokens
+    return {
+        "provenance": provenance(seed, run.device),
+        "recompute_s_per_token": median(found[0].compute_ms[-1]) / 1e3 / n_prompt,
+        "curves": [asdict(curve) for curve in found],
+    }
+
+
+def _limited(run: _Run, work: Parts, tier: str, rho: float, seed: int) -> dict[str, Any]:
+    """One rate-limited tier at its balanced ratio."""
+    from ..calibration.balance import ComputeCurve, candidates, measure_balanced, summarise
+    from ..runtime.tiers import TierConfig
+    from .bench_machine import provenance, runner
+
+    kept = work.kept(CURVE)
+    assert kept is not None
+    curves = [ComputeCurve.from_json(data) for data in kept["curves"]]
+    spec = run.loaded.spec
+    limit = spec.kv_bytes_per_token / (rho * kept["recompute_s_per_token"])
+    best = min(curves, key=lambda c: c.balanced(limit)[1])
+    ratio, _ = best.balanced(limit)
+    plans = candidates(ratio, spec.n_layers, best.load_exact, **run.knobs)
+    config = TierConfig(tier, "dram", limit_bytes_per_s=limit)
+    with (
+        tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
+        runner(run.loaded, folder, [config], run.device, run.threads) as r,
+    ):
+        found = measure_balanced(r, run.shape, tier, plans, run.repeats, run.tell)
+    return {
+        "provenance": provenance(seed, run.device),
+        "limit_bytes_per_s": limit,
+        "load_exact": best.load_exact,
+        "rows": summarise(found, curves, rho, limit),
+    }
+
+
+def _finish(work: Parts, settings: dict[str, Any], loaded: LoadedModel, out: Path) -> None:
+    """Write and print all parts that there are."""
+    from ..core.record import write_atomic
+    from .console import note, print_json_line, print_table
+
+    found = work.all()
+    n_prompt = settings["chunks"] * settings["chunk_tokens"] + SUFFIX_TOKENS
+    whole = settings["prefill_chunk"] >= n_prompt
     result = {
-        "provenance": provenance_here(seed).model_dump(mode="json"),
         "model": loaded.spec.model_dump(mode="json"),
         "n_params": loaded.spec.n_params,
-        "n_prompt": chunks * chunk_tokens + 32,
-        "prefill_chunk_tokens": "whole prompt in one piece",
-        "hf_sdpa_ms": hf_ms,
-        "rows": _rows(rows, hf_ms),
-        "overlap": _overlaps(found),
+        "n_prompt": n_prompt,
+        "prefill_chunk_tokens": "whole prompt in one piece" if whole else settings["prefill_chunk"],
+        "settings": settings,
+        "parts": found,
+        "missing": work.missing(),
     }
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
-    _print(result)
+    rows = [row for part in found.values() if "peer_ms" in part for row in part["rows"]]
+    balance = [
+        row for name, part in found.items() if name.startswith("rho") for row in part["rows"]
+    ]
+    piece = result["prefill_chunk_tokens"]
+    if rows:
+        print_table(_peers(found), ("tier", "baseline", "n", "ms"), "full prefill by others")
+        title = f"TTFT, {n_prompt} tokens, prefill: {piece}"
+        print_table(rows, LEDGERS, f"{title}; ledgers 1 to 4")
+        print_table(rows, IDEALS, "the ideal of each row, from this run's limits")
+    if balance:
+        print_table(balance, BALANCE, "rate-limited tiers at their balanced ratio")
+    for tier, part in found.items():
+        if (path := part.get("hit_of_64_chunks")) is not None:
+            text = f"{path['median_ms']:.2f} ms, at most {path['must_ms']:g} wanted"
+            note(f"{tier}: lookup to first op of a hit of {path['n_chunks']} chunks: {text}")
+    if result["missing"]:
+        note(f"not measured yet: {', '.join(result['missing'])}")
     note(f"result: {out}")
-    print_json_line(
-        {"command": "bench ttft", "best_speedup": max(r["speedup"] for r in result["rows"])}
-    )
+    best = {f"{r['tier']}/{r['policy']}": round(r["speedup"], 3) for r in rows if r["ratio"] < 1}
+    factors: dict[str, float] = {}
+    for row in balance:
+        name = f"rho{row['rho']:g}"
+        factors[name] = min(factors.get(name, row["factor"]), row["factor"])
+    print_json_line({"command": "bench ttft", "speedup": best, "over_bound": factors})
 
 
-def _rows(rows: list[Row], hf_ms: list[float]) -> list[dict[str, Any]]:
-    """Rows with the speed-up over the fastest baseline of the run."""
-    from dataclasses import asdict
-    from statistics import median
-
-    baseline = min(median(hf_ms), median(rows[0].ttft_ms))
-    return [
-        {
-            **asdict(row),
-            "ttft_ms_median": median(row.ttft_ms),
-            "ttft_ms_min": min(row.ttft_ms),
-            "ttft_ms_max": max(row.ttft_ms),
-            "speedup": baseline / median(row.ttft_ms),
-        }
-        for row in rows
-    ]
-
-
-def _overlaps(found: list[Overlap]) -> list[dict[str, Any]]:
-    from dataclasses import asdict
+def _peers(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     from statistics import median
 
     return [
-        {
-            **asdict(o),
-            "whole_ms_median": median(o.whole_ms),
-            "load_ms_median": median(o.load_ms),
-            "compute_ms_median": median(o.compute_ms),
-            "factor": o.factor,
-        }
-        for o in found
+        {"tier": tier, "baseline": name, "n": len(times), "ms": median(times)}
+        for tier, part in found.items()
+        for name, times in part.get("peer_ms", {}).items()
     ]
-
-
-def _print(result: dict[str, Any]) -> None:
-    from statistics import median
-
-    from .console import print_table
-
-    hf = {"policy": "hugging face sdpa", "ttft_ms_median": median(result["hf_sdpa_ms"])}
-    hf |= {"ttft_ms_min": min(result["hf_sdpa_ms"]), "ttft_ms_max": max(result["hf_sdpa_ms"])}
-    columns = ["policy", "tier", "ratio", "ttft_ms_median", "ttft_ms_min", "ttft_ms_max", "speedup"]
-    print_table([hf, *result["rows"]], columns, f"TTFT, {result['n_prompt']} tokens")
-    columns = ["tier", "rho", "ratio", "whole_ms_median", "load_ms_median", "compute_ms_median"]
-    print_table(result["overlap"], [*columns, "factor"], "overlap: whole over max(load, compute)")

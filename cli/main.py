@@ -17,7 +17,7 @@ import typer
 from ..core.errors import CacheTuneError
 from .console import fail
 
-COMMANDS = ("demo", "calibrate", "tune", "simulate", "run", "bench", "schema")
+COMMANDS = ("demo", "calibrate", "tune", "simulate", "run", "bench", "validate", "schema")
 """In the order of `--help`."""
 
 DEFAULT_ARGS = ["--help"]

@@ -107,6 +107,7 @@ def serve(
     from ..calibration.calibrate import open_runner
     from ..core import invariants, metrics
     from ..runtime.rope_gate import check_rope
+    from ..runtime.runner import tenants_of
 
     work.check_runnable(loaded.spec)
     with (
@@ -115,7 +116,7 @@ def serve(
     ):
         check_rope(runner.transformer)
         runner.prepare(work, plan, tier)
-        served = runner.serve(work, plan, runner.index(plan, tier))
+        served = runner.serve(work, plan, runner.index(plan, tier, tenants_of(work)))
     invariants.check(served.timeline, work)
     result = {
         "command": "run",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import InvariantViolation
+from .eviction import EvictionName, Evictor
 
 
 def content_id_of(token_ids: Sequence[int]) -> str:
@@ -51,22 +52,36 @@ class ChunkEntry:
     tier: str
     kind: Literal["isolated", "prefix"] = "isolated"
     chain: str = ""
+    recompute_flops: float = 0.0
+    """What it saves when it is loaded whole; read by the eviction policy `cost`."""
 
 
 class ChunkIndex:
-    """Kept chunks by content, and by chain for exact ones. Least recently used go first."""
+    """Kept chunks by content, and by chain for exact ones.
 
-    def __init__(self, capacity_bytes: dict[str, int | None] | None = None) -> None:
+    A tier of limited capacity evicts by the policy `eviction`.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: dict[str, int | None] | None = None,
+        eviction: EvictionName = "lru",
+    ) -> None:
         self._capacity = dict(capacity_bytes or {})
+        self._eviction: EvictionName = eviction
+        self._evictors: dict[str, Evictor] = {}
         self._used: dict[str, int] = {}
         self._isolated: dict[tuple[str, str], ChunkEntry] = {}
         self._prefix: dict[tuple[str, str], ChunkEntry] = {}
-        self._tick_of: dict[str, int] = {}
-        self._tick = 0
         self._entries: dict[str, tuple[ChunkEntry, str]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def entry(self, key: str) -> ChunkEntry | None:
+        """The entry called `key`, if it is kept."""
+        found = self._entries.get(key)
+        return None if found is None else found[0]
 
     def used_bytes(self, tier: str) -> int:
         """Bytes kept in `tier`."""
@@ -84,19 +99,20 @@ class ChunkIndex:
             return [entry]
         evicted = []
         while capacity is not None and self.used_bytes(entry.tier) + entry.n_bytes > capacity:
-            victim = min(
-                (e for e, _ in self._entries.values() if e.tier == entry.tier),
-                key=lambda e: self._tick_of[e.key],
+            key = self._evictor(entry.tier).victim(
+                e.key for e, _ in self._entries.values() if e.tier == entry.tier
             )
-            self.discard(victim.key)
-            evicted.append(victim)
+            assert key is not None  # the tier holds bytes, hence entries
+            evicted.append(self._entries[key][0])
+            self._evictor(entry.tier).remove(key, evicted=True)
+            self.discard(key)
         self._entries[entry.key] = (entry, tenant)
         self._used[entry.tier] = self.used_bytes(entry.tier) + entry.n_bytes
         if entry.kind == "prefix":
             self._prefix[tenant, entry.chain] = entry
         else:
             self._isolated[tenant, entry.content_id] = entry
-        self._touch(entry.key)
+        self._evictor(entry.tier).add(entry.key, entry.n_bytes, entry.recompute_flops)
         return evicted
 
     def discard(self, key: str) -> None:
@@ -106,7 +122,7 @@ class ChunkIndex:
             return
         entry, tenant = found
         self._used[entry.tier] -= entry.n_bytes
-        del self._tick_of[key]
+        self._evictor(entry.tier).remove(key)
         is_prefix = entry.kind == "prefix"
         table = self._prefix if is_prefix else self._isolated
         name = tenant, entry.chain if is_prefix else entry.content_id
@@ -121,7 +137,7 @@ class ChunkIndex:
             chain = chain_id(chain, content_id)
             entry = self._prefix.get((tenant, chain)) or self._isolated.get((tenant, content_id))
             if entry is not None:
-                self._touch(entry.key)
+                self._evictor(entry.tier).use(entry.key)
             found.append(entry)
         return found
 
@@ -139,6 +155,8 @@ class ChunkIndex:
                     f"INV-4 tier {tier} holds {self.used_bytes(tier)} of {capacity} bytes"
                 )
 
-    def _touch(self, key: str) -> None:
-        self._tick += 1
-        self._tick_of[key] = self._tick
+    def _evictor(self, tier: str) -> Evictor:
+        found = self._evictors.get(tier)
+        if found is None:
+            found = self._evictors[tier] = Evictor(self._eviction)
+        return found

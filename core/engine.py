@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .block_pool import BlockPool
@@ -38,7 +39,10 @@ class _Prefill:
 
 
 class Engine:
-    """The decider. One instance serves one device."""
+    """The decider. One instance serves one device.
+
+    `on_wait` is told of each request that is not admitted as it arrives; it decides nothing.
+    """
 
     def __init__(
         self,
@@ -47,12 +51,14 @@ class Engine:
         plan: ReusePlan,
         index: ChunkIndex,
         blocks: BlockPool,
+        on_wait: Callable[[Request], None] | None = None,
     ) -> None:
         self.workload = workload
         self.model = model
         self.plan = plan
         self.index = index
         self.blocks = blocks
+        self._on_wait = on_wait
         self.n_fallbacks = 0
         """Prompts decided again because stored bytes could not be used."""
         self._ids = itertools.count()
@@ -77,7 +83,10 @@ class Engine:
         """A request has come; returns ops to submit."""
         self._n_open += 1
         self._waiting.append(request)
-        return self._schedule()
+        ops = self._schedule()
+        if self._on_wait is not None and self._waiting and self._waiting[-1] is request:
+            self._on_wait(request)
+        return ops
 
     def on_done(self, span: Span) -> list[Op]:
         """An op has ended; returns ops to submit."""

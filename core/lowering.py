@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from .decision import ReuseDecision
@@ -65,6 +67,26 @@ class _Run(NamedTuple):
         return self.offset + (2 * row + 1) * self.n // (2 * self.total) + 1
 
 
+class _Share(NamedTuple):
+    """What one I/O stream loads in each layer of a regime."""
+
+    stream: str
+    tier: str
+    chunks: tuple[int, ...]
+    n_rows: int
+    n_bytes: int
+    n_reads: int
+
+
+class _Rows(NamedTuple):
+    """What a prefill of one piece computes in each layer of a regime."""
+
+    n_rows: int
+    n_pairs: int
+    n_scored: int
+    segments: tuple[Segment, ...]
+
+
 def scored_pairs(runs: Sequence[_Run]) -> int:
     """Pairs scored by queries in blocks, each block over the keys up to its last query."""
     scored = in_block = last = 0
@@ -98,6 +120,16 @@ class _Lowering:
         self.new_id = new_id
         self.attempt = attempt
         self.groups = self._groups()
+        # Layers of one regime are alike: counted once, as this is on the path of a request.
+        self._shares: dict[tuple[int, bool], list[_Share]] = {}
+        self._rows: dict[tuple[int, int, bool], _Rows] = {}
+        self._sizes: dict[int, int] = {}
+        self._loaded_in: dict[tuple[int, bool], tuple[tuple[int, ...], int]] = {}
+
+    def _regime(self, layer: int) -> tuple[int, bool]:
+        """Band, and which side of the check layer: what decides the rows of a layer."""
+        band = self.decision.band_of(layer, self.model.n_layers)
+        return band, layer >= self.decision.check_layer
 
     def _groups(self) -> list[_Group]:
         """Layer groups; none crosses a band or the check layer, where rows change."""
@@ -153,52 +185,64 @@ class _Lowering:
 
     def _group_loads(self, group: _Group, gate: list[Op]) -> list[Op]:
         """One load per tier and worker: all chunks, this group's layers."""
-        shares: dict[str, list[int]] = {}
-        for ordinal in self._loaded(group):
-            tier = self.decision.chunks[ordinal].tier
-            worker = ordinal % self.plan.n_io_workers
-            shares.setdefault(io_stream(tier, worker), []).append(ordinal)
-        return [self._load(s, tuple(shares[s]), group, gate) for s in sorted(shares)]
+        regime = self._regime(group.start)
+        if regime not in self._shares:
+            self._shares[regime] = self._shares_of(group.start)
+        layers = group.stop - group.start
+        return [
+            self._op(
+                "load", share.stream, group, n_tokens=share.n_rows,
+                n_bytes=layers * share.n_bytes, n_reads=layers * share.n_reads,
+                tier=share.tier, chunks=share.chunks, after=gate,
+            )
+            for share in self._shares[regime]
+        ]  # fmt: skip
+
+    def _shares_of(self, layer: int) -> list[_Share]:
+        decision, n_layers = self.decision, self.model.n_layers
+        ordinals: dict[tuple[str, int], list[int]] = {}
+        for ordinal in self._loaded(layer)[0]:
+            tier = decision.chunks[ordinal].tier
+            ordinals.setdefault((tier, ordinal % self.plan.n_io_workers), []).append(ordinal)
+        shares = []
+        for (tier, worker), chunks in ordinals.items():
+            rows = [decision.n_loaded(ordinal, layer, n_layers) for ordinal in chunks]
+            n_bytes = [self._size(n) for n in rows]
+            reads = sum(n_reads(size, self.plan.request_bytes) for size in n_bytes)
+            stream = io_stream(tier, worker)
+            shares.append(_Share(stream, tier, tuple(chunks), sum(rows), sum(n_bytes), reads))
+        return sorted(shares)
 
     def _chunk_loads(self) -> list[Op]:
         """One load per chunk: all its layers, workers in turn."""
-        whole = _Group(0, self.model.n_layers)
-        loads = []
-        n_layers = self.model.n_layers
-        for ordinal, fate in enumerate(self.decision.chunks):
-            if any(self.decision.n_loaded(ordinal, layer, n_layers) for layer in range(n_layers)):
-                stream = io_stream(fate.tier, ordinal % self.plan.n_io_workers)
-                loads.append(self._load(stream, (ordinal,), whole, []))
-        return loads
+        loaded = {chunk for group in self.groups for chunk in self._loaded(group.start)[0]}
+        return [self._chunk_load(ordinal) for ordinal in sorted(loaded)]
 
-    def _load(self, stream: str, chunks: tuple[int, ...], group: _Group, after: list[Op]) -> Op:
-        n_bytes = reads = tokens = 0
-        for ordinal in chunks:
-            for layer in range(group.start, group.stop):
-                rows = self.decision.n_loaded(ordinal, layer, self.model.n_layers)
-                if rows:
-                    size = read_bytes(self.model, rows)
-                    n_bytes += size
-                    reads += n_reads(size, self.plan.request_bytes)
-                    tokens += rows
+    def _chunk_load(self, ordinal: int) -> Op:
+        n_layers = self.model.n_layers
+        tokens = n_bytes = reads = 0
+        for group in self.groups:
+            rows = self.decision.n_loaded(ordinal, group.start, n_layers)
+            size, layers = self._size(rows), group.stop - group.start
+            tokens += layers * rows
+            n_bytes += layers * size
+            reads += layers * n_reads(size, self.plan.request_bytes)
+        tier = self.decision.chunks[ordinal].tier
+        stream = io_stream(tier, ordinal % self.plan.n_io_workers)
         return self._op(
-            "load",
-            stream,
-            group,
-            n_tokens=tokens // max(1, group.stop - group.start),
-            n_bytes=n_bytes,
-            n_reads=reads,
-            tier=self.decision.chunks[chunks[0]].tier,
-            chunks=chunks,
-            after=after,
-        )
+            "load", stream, _Group(0, n_layers), n_tokens=tokens // n_layers, n_bytes=n_bytes,
+            n_reads=reads, tier=tier, chunks=(ordinal,), after=[],
+        )  # fmt: skip
+
+    def _size(self, rows: int) -> int:
+        if rows not in self._sizes:
+            self._sizes[rows] = read_bytes(self.model, rows) if rows else 0
+        return self._sizes[rows]
 
     def _restore(self, group: _Group, loads: list[Op]) -> list[Op]:
-        chunks = tuple(self._loaded(group))
+        chunks, rows = self._loaded(group.start)
         if not chunks:
             return []
-        n_layers = self.model.n_layers
-        rows = sum(self.decision.n_loaded(c, group.start, n_layers) for c in chunks)
         layers = group.stop - group.start
         stream = COMPUTE if self.plan.restore_stream == "compute" else RESTORE
         op = self._op(
@@ -215,30 +259,33 @@ class _Lowering:
 
     def _select(self, group: _Group, after: list[Op]) -> Op:
         check = _Group(group.start, group.start + 1)
-        chunks = tuple(self._loaded(group))
+        chunks, _ = self._loaded(group.start)
         n_prompt = self.decision.n_prompt
         return self._op("select", COMPUTE, check, n_tokens=n_prompt, chunks=chunks, after=after)
 
     def _prefill(
         self, group: _Group, segments: tuple[Segment, ...], after: list[Op], piece: int = 0
     ) -> Op:
-        band = self.decision.band_of(group.start, self.model.n_layers)
-        runs = [r for s in segments if (r := self._run(s, band, group.start)).n_rows]
+        key = (piece, *self._regime(group.start))
+        if key not in self._rows:
+            self._rows[key] = self._rows_of(segments, group.start)
+        rows = self._rows[key]
+        return self._op(
+            "prefill", COMPUTE, group, n_tokens=rows.n_rows, n_pairs=rows.n_pairs,
+            n_scored=rows.n_scored, segments=rows.segments, piece=piece, after=after,
+        )  # fmt: skip
+
+    def _rows_of(self, segments: tuple[Segment, ...], layer: int) -> _Rows:
+        band = self.decision.band_of(layer, self.model.n_layers)
+        runs = [r for s in segments if (r := self._run(s, band, layer)).n_rows]
+        n_rows = sum(r.n_rows for r in runs)
         pairs, scored = sum(r.pairs for r in runs), scored_pairs(runs)
         if (window := self.model.sliding_window) is not None:
-            rows = sum(r.n_rows for r in runs)
-            pairs, scored = min(pairs, rows * window), min(scored, rows * (window + QUERY_BLOCK))
-        return self._op(
-            "prefill",
-            COMPUTE,
-            group,
-            n_tokens=sum(r.n_rows for r in runs),
-            n_pairs=pairs,
-            n_scored=scored,
-            segments=tuple(Segment(r.part, r.start, r.stop) for r in runs),
-            piece=piece,
-            after=after,
-        )
+            pairs, scored = (
+                min(pairs, n_rows * window),
+                min(scored, n_rows * (window + QUERY_BLOCK)),
+            )
+        return _Rows(n_rows, pairs, scored, tuple(Segment(r.part, r.start, r.stop) for r in runs))
 
     def _run(self, segment: Segment, band: int, layer: int) -> _Run:
         """The rows of a segment that pass through `layer`, taken as evenly spread."""
@@ -260,13 +307,19 @@ class _Lowering:
             return fate.n_recompute[band]
         if layer < self.decision.check_layer:
             return fate.n_tokens
-        candidates = [i for i, c in enumerate(self.decision.chunks) if c.is_loaded and not c.exact]
-        if ordinal not in candidates:
+        before, total = self._candidates.get(ordinal, (0, 0))
+        if not total:
             return 0
-        total = sum(self.decision.chunks[i].n_tokens for i in candidates)
-        before = sum(self.decision.chunks[i].n_tokens for i in candidates if i < ordinal)
         n_selected = self.decision.n_selected
         return (before + fate.n_tokens) * n_selected // total - before * n_selected // total
+
+    @cached_property
+    def _candidates(self) -> dict[int, tuple[int, int]]:
+        """Of each chunk among which the check layer chooses: tokens before it, and of all."""
+        found = [(i, c.n_tokens) for i, c in enumerate(self.decision.chunks)
+                 if c.is_loaded and not c.exact]  # fmt: skip
+        ends = list(accumulate(n for _, n in found))
+        return {i: (end - n, ends[-1]) for (i, n), end in zip(found, ends, strict=True)}
 
     def _piece_segments(self) -> list[tuple[Segment, ...]]:
         """Cut the computed rows into pieces; a chunk whose rows differ by band is never cut."""
@@ -292,13 +345,15 @@ class _Lowering:
                 start = stop
         return [tuple(p) for p in pieces]
 
-    def _loaded(self, group: _Group) -> list[int]:
-        n_layers = self.model.n_layers
-        return [
-            i
-            for i in range(len(self.decision.chunks))
-            if self.decision.n_loaded(i, group.start, n_layers)
-        ]
+    def _loaded(self, layer: int) -> tuple[tuple[int, ...], int]:
+        """Chunks of which something is loaded in a layer, and the rows that are."""
+        regime = self._regime(layer)
+        if regime not in self._loaded_in:
+            n_layers = self.model.n_layers
+            n = len(self.decision.chunks)
+            rows = [self.decision.n_loaded(i, layer, n_layers) for i in range(n)]
+            self._loaded_in[regime] = tuple(i for i in range(n) if rows[i]), sum(rows)
+        return self._loaded_in[regime]
 
     def _is_check(self, group: _Group) -> bool:
         return self.decision.selection == "deviation" and group.start == self.decision.check_layer

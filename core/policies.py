@@ -51,14 +51,18 @@ def _fates(
     """Load what is found and pays, compute the rest; exact chunks are loaded whole."""
     n_prompt = sum(chunk_tokens) + n_suffix
     fates = []
+    counted: dict[tuple[str, int, bool], tuple[tuple[int, ...], bool]] = {}
     offset = 0
     for ordinal, (entry, n) in enumerate(zip(found, chunk_tokens, strict=True)):
         fate = ChunkFate(offset, n, "", "", False, (n,) * n_bands)
         if entry is not None:
-            rule = plan.rule(entry.tier, n_prompt)
             exact = ordinal == 0 or entry.kind == "prefix"
-            recompute = (0,) * n_bands if exact else count(n, rule)
-            pays = rule.load_exact if exact else min(recompute) < n
+            alike = entry.tier, n, exact
+            if alike not in counted:  # chunks of one length and tier are many
+                rule = plan.rule(entry.tier, n_prompt)
+                recompute = (0,) * n_bands if exact else count(n, rule)
+                counted[alike] = recompute, rule.load_exact if exact else min(recompute) < n
+            recompute, pays = counted[alike]
             if pays:
                 fate = ChunkFate(offset, n, entry.tier, entry.key, exact, recompute)
         fates.append(fate)

@@ -1,144 +1,199 @@
-"""Time the registry's full-size cases on this GPU, beside what the GPU can do at most.
+"""Time registry cases on the present device, beside peers and what the device can do at most.
 
-    python -m cachetune.kernels.benchmark [--only TEXT] [--json FILE]
-
-A case is first compared with the reference; a wrong one gets no speed and fails the run. The
-limits (memory bandwidth, tensor-core rate, host link) are measured in the same run, never from
-a data sheet, and a case's own limit is the longer of its bytes and its flops at those rates. Times
-are medians with the L2 cache flushed between launches; the spread is the 20th to 80th percentile.
+A case, and every peer that computes the same thing, is first compared with the reference; a wrong
+one gets no speed. The limits come from the same run (`Ceilings`), and a case's own limit is the
+longer of its bytes and its flops at those rates. On a CPU the torch reference is what runs, at
+smaller sizes, and the peers are what it is checked against.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from .registry import KernelCase, all_cases
+from .cases import FAMILIES
+from .peers import Peer, peers_of
+from .registry import TOLERANCE, KernelCase
+from .stopwatch import REPEATS, Spread, seconds_of
 
-MATMUL_SIZE = 8192
-COPY_BYTES = 2**30
-PERCENTILES = [0.5, 0.2, 0.8]
+TOKEN_SHAPES = ("n", "n_q", "n_keys", "pages")
+ROTATED_BYTES = 128 << 20
+INPUT_SETS_MAX = 16
+FEW_QUERIES = 64
+REFERENCE = "ours (torch reference)"
+
+GOALS = {"restore": (0.6, 0.8), "pack": (0.6, 0.8), "gather_host": (0.7, 0.85)}
+SPARSE_GOALS = {"many": (0.45, 0.6), "few": (0.6, 0.8)}
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured rates of this machine: bytes/s, flop/s (bf16), bytes/s host to device."""
+    """Measured rates of this machine: bytes/s, flop/s (of the cases' dtype), bytes/s of the link.
+
+    `sm_link` is the link's rate when the GPU's own processors read; None without a GPU.
+    """
 
     memory: float
     matmul: float
     host_link: float
+    sm_link: float | None = None
 
     def seconds(self, case: KernelCase) -> float:
         """The least time ``case`` can take; a gather is bound by the link it reads through."""
         if case.kernel == "gather_host":
-            return case.bytes / 2 / self.host_link
+            return case.bytes / 2 / (self.sm_link or self.host_link)
         return max(case.bytes / self.memory, case.flops / self.matmul)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One case: median, 20th and 80th percentile in seconds, and limit over median."""
+    """One contender on one case: median and quartiles in seconds, and limit over median.
+
+    `fraction_of_limit` is None for work that is not the case's own.
+    """
 
     name: str
+    contender: str
     median: float
     low: float
     high: float
-    fraction_of_limit: float
+    n: int
+    fraction_of_limit: float | None
     bytes_per_second: float
     flops_per_second: float
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A contender without a speed, and why."""
+
+    name: str
+    contender: str
+    why: str
 
 
 def agrees(case: KernelCase, device: str) -> bool:
     """Whether the launch gives the reference's result on fresh random inputs."""
     want = case.reference(case.make_inputs(0, device))
-    got = case.launch(case.make_inputs(0, device))
+    return matches(case, case.launch(case.make_inputs(0, device)), want)
+
+
+def matches(case: KernelCase, got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
+    """Whether every tensor is within the case's tolerance."""
     absolute, relative = case.tolerance
     return len(got) == len(want) and all(
-        torch.allclose(a.float(), b.float(), atol=absolute, rtol=relative)
+        a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=absolute, rtol=relative)
         for a, b in zip(got, want, strict=True)
     )
 
 
-def timing(case: KernelCase, seconds: list[float], ceilings: Ceilings) -> Timing:
-    """Percentiles ``[median, low, high]`` in seconds to the figures that are printed."""
-    median, low, high = seconds
+def timing(
+    case: KernelCase,
+    took: Spread,
+    ceilings: Ceilings,
+    contender: str = "ours",
+    work: tuple[int, int] | None = None,
+) -> Timing:
+    """Times to the figures that are printed; `work` in bytes and flops if it is not the case's."""
+    moved, flops = work or (case.bytes, case.flops)
     return Timing(
         case.name,
-        median,
-        low,
-        high,
-        ceilings.seconds(case) / median,
-        case.bytes / median,
-        case.flops / median,
+        contender,
+        took.median,
+        took.low,
+        took.high,
+        took.n,
+        None if work else ceilings.seconds(case) / took.median,
+        moved / took.median,
+        flops / took.median,
     )
 
 
-def _measure(action: Callable[[], object]) -> list[float]:
-    from triton.testing import do_bench
-
-    return [1e-3 * ms for ms in do_bench(action, warmup=50, rep=300, quantiles=PERCENTILES)]
-
-
-def measure_ceilings() -> Ceilings:
-    """Device-to-device copy, a large bf16 product of random matrices, pinned host to device."""
-    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = _measure(lambda: target.copy_(source))[0]
-    host = source.cpu().pin_memory()
-    link = _measure(lambda: target.copy_(host, non_blocking=True))[0]
-    shape = (MATMUL_SIZE, MATMUL_SIZE)
-    a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = _measure(lambda: a @ b)[0]
-    return Ceilings(2 * COPY_BYTES / copy, 2 * MATMUL_SIZE**3 / product, COPY_BYTES / link)
+def goals(case: KernelCase) -> tuple[float, float] | tuple[None, None]:
+    """What share of its limit a kernel must and should reach on a GPU."""
+    if case.kernel == "sparse_attention":
+        return SPARSE_GOALS["few" if case.shapes["n_q"] <= FEW_QUERIES else "many"]
+    return GOALS.get(case.kernel, (None, None))
 
 
-def run(cases: list[KernelCase], target: Path | None) -> int:
-    """Check, time and print; the number of wrong cases."""
-    ceilings, timings, wrong = measure_ceilings(), [], []
-    print(
-        f"{torch.cuda.get_device_name()}: memory {ceilings.memory / 1e12:.2f} TB/s, bf16 matmul "
-        f"{ceilings.matmul / 1e12:.0f} Tflop/s, host link {ceilings.host_link / 1e9:.1f} GB/s"
+def smaller(case: KernelCase, by: int, dtype: str = "float32") -> KernelCase:
+    """The same case with `by` times fewer tokens, in a dtype that a CPU computes in."""
+    shapes = {
+        k: max(4, v // by) if k in TOKEN_SHAPES and v > FEW_QUERIES else v
+        for k, v in case.shapes.items()
+    }
+    kind = case.dtype if case.dtype == "uint8" else dtype
+    family = FAMILIES[case.kernel]
+    moved, flops = family.work(dtype=kind, **shapes)
+    return replace(
+        case,
+        name=f"{case.name}_by{by}",
+        shapes=shapes,
+        dtype=kind,
+        tolerance=TOLERANCE[kind] if family.rounds else (0.0, 0.0),
+        bytes=moved,
+        flops=flops,
+        make_inputs=partial(family.make, dtype=kind, **shapes),
     )
-    print(f"{'case':44}{'us':>10}{'p20-p80':>18}{'GB/s':>9}{'Tflop/s':>9}{'of limit':>10}")
-    for case in cases:
-        if not agrees(case, "cuda"):
-            wrong.append(case.name)
-            print(f"{case.name:44}  WRONG RESULT, not timed", flush=True)
-            continue
-        inputs = case.make_inputs(0, "cuda")
-        t = timing(case, _measure(lambda: case.launch(inputs)), ceilings)  # noqa: B023
-        timings.append(t)
-        print(
-            f"{t.name:44}{t.median * 1e6:10.1f}{f'{t.low * 1e6:.1f}-{t.high * 1e6:.1f}':>18}"
-            f"{t.bytes_per_second / 1e9:9.0f}{t.flops_per_second / 1e12:9.1f}"
-            f"{t.fraction_of_limit:10.1%}",
-            flush=True,
-        )
-    if target is not None:
-        rows = [asdict(t) for t in timings]
-        result = {"device": torch.cuda.get_device_name(), "ceilings": asdict(ceilings)}
-        target.write_text(json.dumps(result | {"wrong": wrong, "timings": rows}, indent=1) + "\n")
-    return len(wrong)
 
 
-def main() -> int:
-    """Command line; exit code 0 when every result was right, 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m cachetune.kernels.benchmark")
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device: the kernels can be checked here with compile_check", file=sys.stderr)
-        return 2
-    cases = [c for c in all_cases() if not c.tiny and options.only in c.name]
-    return 1 if run(cases, options.json) else 0
+def time_case(
+    case: KernelCase, device: str, ceilings: Ceilings, *, peers: bool, n: int = REPEATS
+) -> Iterator[Timing | Trouble]:
+    """Ours first, then the peers; what is wrong or cannot run is told and gets no speed."""
+    on_gpu = device.startswith("cuda")
+    want = case.reference(case.make_inputs(0, device))
+    ours = case.launch if on_gpu else case.reference
+    if on_gpu:
+        if not matches(case, ours(case.make_inputs(0, device)), want):
+            yield Trouble(case.name, "ours", "WRONG RESULT, not timed")
+            return
+        yield timing(case, _seconds(case, ours, device, n), ceilings)
+    rivals = peers_of(case, device) if peers or not on_gpu else {}
+    found = {
+        name: _time_peer(case, name, peer, want, device, ceilings, n)
+        for name, peer in rivals.items()
+    }
+    if not on_gpu:
+        same = [isinstance(found[name], Timing) for name, peer in rivals.items() if peer.same]
+        name = REFERENCE if same else f"{REFERENCE}, no peer to check it"
+        if all(same):
+            yield timing(case, _seconds(case, ours, device, n), ceilings, name)
+        else:
+            yield Trouble(case.name, name, "a peer DISAGREES, not timed")
+    yield from found.values()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _seconds(case: KernelCase, run: Callable[[dict], object], device: str, n: int) -> Spread:
+    return seconds_of([partial(run, x) for x in _input_sets(case, device)], device, n)
+
+
+def _input_sets(case: KernelCase, device: str) -> list[dict]:
+    """Enough inputs to be taken in turn that none is still in a CPU's cache; a GPU's is flushed."""
+    n = 1 if device.startswith("cuda") else -(-ROTATED_BYTES // max(1, case.bytes))
+    return [case.make_inputs(seed, device) for seed in range(min(INPUT_SETS_MAX, n + 1))]
+
+
+def _time_peer(
+    case: KernelCase,
+    name: str,
+    peer: Peer,
+    want: Sequence[Tensor],
+    device: str,
+    ceilings: Ceilings,
+    n: int,
+) -> Timing | Trouble:
+    """A peer may lack an operator, a compiler or memory here: that is told, not hidden."""
+    try:
+        actions = [peer.prepare(x) for x in _input_sets(case, device)]
+        if peer.same and not matches(case, actions[0](), want):
+            return Trouble(case.name, name, "WRONG RESULT, not timed")
+        took = seconds_of(actions, device, n)
+    except Exception as e:
+        line = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+        return Trouble(case.name, name, f"did not run: {type(e).__name__}: {line}")
+    return timing(case, took, ceilings, name, peer.work)

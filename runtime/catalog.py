@@ -1,4 +1,8 @@
-"""Which tiers hold the chunks of an open store, their RAM copies, and who makes room."""
+"""Which tiers hold the chunks of an open store, their RAM copies, and who works on them.
+
+The index on disk is shared by all processes that have the folder open; what is here mirrors it and
+is brought up to date before anything is changed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +18,17 @@ import numpy as np
 from torch import Tensor
 
 from ..core.chunk_index import ChunkEntry
-from ..core.errors import CapacityError, StoreError
+from ..core.errors import StoreError
 from ..core.layout import blob_bytes, chunk_bytes
 from ..core.model_spec import ModelSpec
-from .chunk_file import CHUNK_SUFFIX, cannot_write, chunk_seed
-from .store_index import Row, StoreIndex
+from .chunk_file import CHUNK_SUFFIX, chunk_seed, temp_path
+from .store_index import Claim, Row, StoreIndex
+from .store_lock import Owners
 from .tiers import StoreTier
 
-ROOM_WAIT_S = 10.0
+CLAIM_WAIT_S = 120.0
+POLL_S = 0.003
+"""Between looks at what another process does; waits within this one are woken."""
 
 
 @dataclass(slots=True)
@@ -39,10 +46,10 @@ class Kept:
 
 
 class Catalog:
-    """The chunks of an open store: which tiers hold them, their RAM copies, who makes room.
+    """The chunks of an open store: which tiers hold them, their RAM copies, who works on them.
 
     `changed` guards everything here. A chunk that is being written, moved or removed is claimed
-    by one thread meanwhile, and never evicted.
+    by one thread of one process meanwhile, and never evicted.
     """
 
     def __init__(
@@ -51,35 +58,70 @@ class Catalog:
         index: StoreIndex,
         model: ModelSpec,
         tiers: Mapping[str, StoreTier],
-        rows: list[Row],
+        owners: Owners,
     ) -> None:
         self.changed = threading.Condition(threading.Lock())
         self.kept: dict[str, Kept] = {}
         self.ram: dict[str, np.ndarray] = {}
         """Blobs, uint8 [chunk bytes], of chunks that a dram tier holds; read on first use."""
         self.closed = False
-        self.evictions = 0
         self._folder = folder
         self._index = index
         self._model = model
         self._tiers = tiers
+        self._owners = owners
         self._ticks = itertools.count()
-        self._claimed: set[str] = set()
-        for row in rows:
-            kept = self.adopt(row)
-            for name in row.tiers:
-                tiers[name].used_bytes += kept.entry.n_bytes
-        for tier in tiers.values():
-            while tier.overfull and self._evict_one(tier):
-                pass
+        self.claimed: set[str] = set()
+        """Those that this process writes, moves or removes."""
+        with self.changed, self.shared():
+            pass
+
+    # Finding
+
+    def refresh(self) -> None:
+        """See what other processes have done. Hold `changed`."""
+        if self._index.changed_elsewhere():
+            with self._index.snapshot():
+                self._mirror()
+
+    def _mirror(self) -> None:
+        is_all = self._index.sees_all_anew
+        changed = self._index.changed_rows()
+        gone = set(self.kept) - changed.keys() if is_all else set()
+        for key in gone | {key for key, row in changed.items() if row is None}:
+            kept = self.kept.pop(key, None)
+            self.ram.pop(key, None)
+            for name in tuple(kept.tiers) if kept is not None else ():
+                self._part(kept, name)
+        for key, row in changed.items():
+            there = self.kept.get(key)
+            if row is not None and there is None:
+                self.adopt(row)
+            elif row is not None and there is not None:
+                self._follow(there, row)
+        self._count()
+
+    def _follow(self, kept: Kept, row: Row) -> None:
+        """Be in the tiers that another process has put a chunk into."""
+        kept.entry = replace(kept.entry, tier=row.tiers[0])
+        for name in kept.tiers - set(row.tiers):
+            self._part(kept, name)
+        for name in set(row.tiers) - kept.tiers:
+            self._join(kept, name)
+        self.drop_unused_ram(kept)
 
     def find(self, key: str) -> Kept:
-        """The chunk called `key`.
+        """The chunk called `key`. Do not hold `changed`.
 
         Raises:
             StoreError: it is not in the store.
         """
         kept = self.kept.get(key)
+        if kept is None and not self.closed:
+            with self.changed:
+                if not self.closed:
+                    self.refresh()
+            kept = self.kept.get(key)
         if kept is None:
             raise StoreError(
                 "the chunk must be in the store",
@@ -88,101 +130,212 @@ class Catalog:
             )
         return kept
 
+    def find_again(self, key: str) -> Kept:
+        """`find`, after whatever another process is changing just now has been changed."""
+        with self.changed:
+            if not self.closed:
+                with self.shared():
+                    pass
+        return self.find(key)
+
+    def tier(self, name: str) -> StoreTier:
+        """The tier called `name`."""
+        return self._tiers[name]
+
+    def below(self, tier: StoreTier) -> StoreTier | None:
+        """Where chunks go that are evicted from `tier`."""
+        name = tier.config.demote_to
+        return None if name is None else self._tiers[name]
+
+    def has_file(self, kept: Kept) -> bool:
+        """Whether a tier of this machine holds the chunk, hence a file."""
+        return any(self._tiers[name].remote is None for name in kept.tiers)
+
     def touch(self, kept: Kept) -> None:
-        """Make a chunk the most recently used one."""
+        """A chunk is used: the most recently used one, and once more."""
         kept.tick = next(self._ticks)
+        for name in tuple(kept.tiers):
+            self._tiers[name].evictor.use(kept.entry.key)
+
+    # Claiming
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Change index and catalog together, other processes kept out. Hold `changed`."""
+        try:
+            with self._index.transaction():
+                self.refresh()
+                yield
+        except BaseException:
+            self._index.look_again()
+            raise
 
     @contextmanager
     def claim(self, key: str) -> Iterator[None]:
-        """Be the only one to write, move or remove `key`."""
+        """Be the only one to write, move or remove `key`, over all processes."""
         with self.changed:
-            while key in self._claimed:
+            while key in self.claimed:
                 self.changed.wait()
-            if self.closed:
-                raise StoreError("the chunk store must be open", remedy="open it again")
-            self._claimed.add(key)
+            self.claimed.add(key)
         try:
-            yield
+            self._claim_shared(key)
+            try:
+                yield
+            finally:
+                with self.changed:
+                    if not self.closed:
+                        self._index.release(key)
         finally:
             with self.changed:
-                self._claimed.discard(key)
+                self.claimed.discard(key)
                 self.changed.notify_all()
 
-    @contextmanager
-    def room(self, tier: StoreTier, n_bytes: int) -> Iterator[None]:
-        """Take `n_bytes` of a tier, evicting as needed; given back if the body fails."""
-        deadline_s = time.monotonic() + ROOM_WAIT_S
-        with self.changed:
-            while not tier.fits(n_bytes):
-                # What is left may be claimed by others, who will soon be done.
-                if self._evict_one(tier) or self.changed.wait(deadline_s - time.monotonic()):
-                    continue
-                raise CapacityError(
-                    f"tier '{tier.name}' must have room for a chunk",
-                    values=f"{n_bytes} bytes, {tier.used_bytes} in use by other writers",
-                    remedy="raise capacity_bytes, or use fewer writers",
-                )
-            tier.used_bytes += n_bytes
-        try:
-            yield
-        except BaseException:
+    def _claim_shared(self, key: str) -> None:
+        deadline_s = time.monotonic() + CLAIM_WAIT_S
+        while True:
             with self.changed:
-                tier.used_bytes -= n_bytes
-                self.changed.notify_all()
-            raise
+                if self.closed:
+                    raise StoreError("the chunk store must be open", remedy="open it again")
+                with self.shared():
+                    other = self._index.claim_of(key)
+                    if other is not None and not self._owners.is_alive(other.owner):
+                        self._bury(other)
+                        other = None
+                    if other is None:
+                        self.promise(key, "", 0)
+                        return
+            if time.monotonic() > deadline_s:
+                raise StoreError(
+                    "a chunk must not be in another process's hands for ever",
+                    values=f"{key} for {CLAIM_WAIT_S:.0f} s",
+                    remedy="end the process that hangs",
+                )
+            time.sleep(POLL_S)
+
+    def _bury(self, claim: Claim) -> None:
+        """Clear up behind a process that died at work on a chunk."""
+        self._index.release(claim.key)
+        path = self._folder / f"{claim.key}{CHUNK_SUFFIX}"
+        temp_path(path).unlink(missing_ok=True)
+        if claim.key not in self.kept:
+            path.unlink(missing_ok=True)
+        if claim.tier in self._tiers:
+            self._tiers[claim.tier].used_bytes -= claim.n_bytes
+
+    def promise(self, key: str, tier: str, n_bytes: int) -> None:
+        """Note what a claimed chunk was promised, "" and 0 for nothing."""
+        self._index.claim(Claim(key, self._owners.number, tier, n_bytes))
+
+    def release(self, key: str) -> None:
+        """Let go of a chunk."""
+        self._index.release(key)
+        self.claimed.discard(key)
+
+    def busy(self) -> set[str]:
+        """Chunks that somebody works on; those of dead processes are let go."""
+        busy = set(self.claimed)
+        for claim in self._index.claims():
+            if self._owners.is_alive(claim.owner):
+                busy.add(claim.key)
+            else:
+                self._bury(claim)
+        return busy
+
+    # Changing. Hold `changed` inside `shared`.
 
     def adopt(self, row: Row) -> Kept:
         """Keep the chunk of `row`, whose tiers have already counted it."""
         entry = ChunkEntry(
             row.key, row.content_id, row.n_tokens, chunk_bytes(self._model, row.n_tokens),
-            row.tiers[0], row.kind, row.chain,
+            row.tiers[0], row.kind, row.chain, float(self._model.prefill_flops(row.n_tokens, 0)),
         )  # fmt: skip
         kept = Kept(
             row, entry, self._folder / f"{row.key}{CHUNK_SUFFIX}", chunk_seed(row.key),
-            blob_bytes(self._model, row.n_tokens), set(row.tiers), next(self._ticks),
+            blob_bytes(self._model, row.n_tokens), set(), next(self._ticks),
         )  # fmt: skip
         self.kept[row.key] = kept
+        for name in row.tiers:
+            self._join(kept, name)
         return kept
+
+    def settle(self, row: Row) -> Kept:
+        """The claimed chunk of `row` is written where room was taken for it."""
+        self._index.put(row)
+        self.promise(row.key, "", 0)
+        return self.adopt(row)
+
+    def arrive(self, kept: Kept, tier: StoreTier) -> None:
+        """The claimed chunk is in one more tier, where room was taken for it."""
+        self._join(kept, tier.name)
+        self.promise(kept.entry.key, "", 0)
+        self.serve_from(kept, tier.name)
+
+    def add_place(self, kept: Kept, tier: StoreTier) -> None:
+        """A chunk that has a file is in one more local tier, where there is room."""
+        self._join(kept, tier.name)
+        tier.used_bytes += kept.entry.n_bytes
 
     def serve_from(self, kept: Kept, tier: str) -> None:
         """Make `tier`, which holds the chunk, the one that serves it."""
         self._index.set_tiers(kept.entry.key, (tier, *sorted(kept.tiers - {tier})))
         kept.entry = replace(kept.entry, tier=tier)
 
-    def leave(self, kept: Kept, tier: StoreTier) -> None:
-        """Take a chunk out of a tier; it is gone with the last."""
-        kept.tiers.discard(tier.name)
-        tier.used_bytes -= kept.entry.n_bytes
+    def leave(self, kept: Kept, tier: StoreTier, *, evicted: bool = False) -> bool:
+        """Take a chunk out of a tier; it is gone with the last.
+
+        Returns:
+            Whether there are bytes on a medium to remove. Until they are removed, the chunk is
+            claimed and they stay promised: who is killed in between leaves a claim that tells.
+        """
         key = kept.entry.key
-        if not kept.tiers:
-            # Memory first, so that no reader starts; the row last, so that a crash can be told.
-            del self.kept[key]
-            self.ram.pop(key, None)
-            try:
-                kept.path.unlink(missing_ok=True)
-            except OSError as e:
-                raise cannot_write(kept.path, e) from None
-            self._index.remove(key)
-            return
+        self._part(kept, tier.name, evicted=evicted)
+        tier.used_bytes -= kept.entry.n_bytes
         self.drop_unused_ram(kept)
-        left = [name for name in self._tiers if name in kept.tiers]
-        self.serve_from(kept, kept.entry.tier if kept.entry.tier in left else left[0])
+        if kept.tiers:
+            left = [name for name in self._tiers if name in kept.tiers]
+            self.serve_from(kept, kept.entry.tier if kept.entry.tier in left else left[0])
+        else:
+            del self.kept[key]
+            self._index.remove(key)
+        if tier.remote is None and self.has_file(kept):
+            return False
+        self.promise(key, tier.name, kept.entry.n_bytes)
+        tier.used_bytes += kept.entry.n_bytes
+        self.claimed.add(key)
+        return True
 
     def drop_unused_ram(self, kept: Kept) -> None:
         """Free the RAM copy when no dram tier holds the chunk."""
         if not any(self._tiers[name].is_dram for name in kept.tiers):
             self.ram.pop(kept.entry.key, None)
 
-    def _evict_one(self, tier: StoreTier) -> bool:
-        """Take the least recently used chunk out of a tier; False when there is none to take."""
-        free = (
-            kept
-            for key, kept in self.kept.items()
-            if tier.name in kept.tiers and key not in self._claimed
-        )
-        victim = min(free, key=lambda kept: kept.tick, default=None)
-        if victim is None:
-            return False
-        self.leave(victim, tier)
-        self.evictions += 1
-        return True
+    def close(self) -> None:
+        """Let everything go. Hold `changed`."""
+        self.closed = True
+        self.kept.clear()
+        self.ram.clear()
+        with suppress(StoreError):
+            for claim in self._index.claims():
+                if claim.owner == self._owners.number:
+                    self._index.release(claim.key)
+
+    def _join(self, kept: Kept, name: str) -> None:
+        kept.tiers.add(name)
+        entry = kept.entry
+        self._tiers[name].evictor.add(entry.key, entry.n_bytes, entry.recompute_flops)
+
+    def _part(self, kept: Kept, name: str, *, evicted: bool = False) -> None:
+        kept.tiers.discard(name)
+        self._tiers[name].evictor.remove(kept.entry.key, evicted=evicted)
+
+    def _count(self) -> None:
+        """Bytes in use, tier by tier: chunks that are kept and what writers were promised."""
+        used = dict.fromkeys(self._tiers, 0)
+        for kept in self.kept.values():
+            for name in kept.tiers:
+                used[name] += kept.entry.n_bytes
+        for claim in self._index.claims():
+            if claim.tier in used:
+                used[claim.tier] += claim.n_bytes
+        for name, n_bytes in used.items():
+            self._tiers[name].used_bytes = n_bytes

@@ -98,6 +98,7 @@ def _header_size(start: bytes, key: str, file_bytes: int) -> int:
     """
     if len(start) < _FIXED.size:
         raise ChunkCorrupt(key, f"the file ends after {len(start)} bytes")
+    size: int
     magic, version, size, n_text, n_tokens, _ = _FIXED.unpack_from(start)
     if magic != MAGIC or version != FORMAT_VERSION:
         raise ChunkCorrupt(key, f"not a chunk file of format {FORMAT_VERSION}")
@@ -107,12 +108,14 @@ def _header_size(start: bytes, key: str, file_bytes: int) -> int:
     return size
 
 
-def _decode_header(data: bytes, key: str) -> tuple[ChunkMeta, np.ndarray]:
+def decode_header(data: bytes, key: str) -> tuple[ChunkMeta, np.ndarray]:
     """Meta and order (int32 [N]) of a whole header.
 
     Raises:
-        ChunkCorrupt: a checksum that does not match, or the header of another chunk.
+        ChunkCorrupt: cut off, a checksum that does not match, or the header of another chunk.
     """
+    if _header_size(data, key, len(data)) != len(data):
+        raise ChunkCorrupt(key, f"a header of {len(data)} bytes")
     *_, n_text, n_tokens, stored = _FIXED.unpack_from(data)
     if _header_checksum(data) != stored:
         raise ChunkCorrupt(key, "the header's checksum does not match")
@@ -138,7 +141,27 @@ def read_header(path: Path) -> tuple[ChunkMeta, np.ndarray, int]:
         data = start + f.read(size - len(start))
     if len(data) != size:
         raise ChunkCorrupt(key, f"the file ends after {len(data)} bytes")
-    return *_decode_header(data, key), size
+    return *decode_header(data, key), size
+
+
+def header_size(start: bytes) -> int:
+    """What the header that begins with `start` says of its size in bytes, unverified."""
+    return int(_FIXED.unpack_from(start)[2]) if len(start) >= _FIXED.size else len(start)
+
+
+def other_version(path: Path) -> int | None:
+    """The format version of a sound header that is not of ours; None for anything else.
+
+    The fixed part and its checksum are the same in every version.
+    """
+    with path.open("rb", buffering=0) as f:
+        start = f.read(_FIXED.size)
+        if len(start) < _FIXED.size:
+            return None
+        magic, version, size, *_, stored = _FIXED.unpack(start)
+        data = start + f.read(max(0, size - len(start)))
+    known = magic != MAGIC or version == FORMAT_VERSION
+    return None if known or _header_checksum(data) != stored else int(version)
 
 
 def write_chunk(path: Path, header: bytes, blobs: np.ndarray) -> None:
@@ -147,7 +170,7 @@ def write_chunk(path: Path, header: bytes, blobs: np.ndarray) -> None:
     Raises:
         StoreError: no space, no permission; nothing is left behind.
     """
-    temp = path.with_name(f".{path.name}{TEMP_SUFFIX}")
+    temp = temp_path(path)
     fd = -1
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -169,6 +192,11 @@ def write_chunk(path: Path, header: bytes, blobs: np.ndarray) -> None:
             os.close(fd)
         with suppress(OSError):
             temp.unlink(missing_ok=True)
+
+
+def temp_path(path: Path) -> Path:
+    """Where a chunk file is written before it is whole."""
+    return path.with_name(f".{path.name}{TEMP_SUFFIX}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -318,66 +346,3 @@ def pack_blobs(model: ModelSpec, key: str, k: Tensor, v: Tensor, order: Tensor) 
             first = at + group * shape.group_bytes
             _CHECKSUM.pack_into(data, end, xxh3_64_intdigest(view[first:end], start + group))
     return data
-
-
-class LayerRows:
-    """Verified rows of some layers of one chunk, in a staging buffer that it keeps alive.
-
-    The buffer goes back to its pool when the last view of it is gone. `n_bytes` and `n_requests`
-    say what was read.
-    """
-
-    __slots__ = (
-        "_at_byte", "_elements", "_shape", "layer_start", "n_bytes", "n_requests", "n_rows", "tier",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        shape: Geometry,
-        staging: np.ndarray,
-        layer_start: int,
-        n_rows: tuple[int, ...],
-        at_byte: list[int],
-    ) -> None:
-        self._shape = shape
-        self._elements = torch.from_numpy(staging).view(shape.dtype)
-        self._at_byte = at_byte
-        self.layer_start = layer_start
-        self.n_rows = n_rows
-        self.n_bytes = 0
-        self.n_requests = 0
-        self.tier = ""
-
-    def groups(self, layer: int) -> Tensor:
-        """View [G, 2, 32, HK, D] of the groups read of `layer`, K then V, nothing copied.
-
-        Rows from `n_rows` on are other tokens of the last group, or its filling.
-        """
-        i = self._position(layer)
-        return self._shape.groups(
-            self._elements, self._at_byte[i], ceil_div(self.n_rows[i], GROUP_TOKENS)
-        )
-
-    def k(self, layer: int) -> Tensor:
-        """Keys before RoPE, [n_rows, HK, D]: row i is token `order[i]`. Do not write to it."""
-        return self._half(layer, 0)
-
-    def v(self, layer: int) -> Tensor:
-        """Values, [n_rows, HK, D]. Do not write to it."""
-        return self._half(layer, 1)
-
-    def _half(self, layer: int, half: int) -> Tensor:
-        # One group is a view; several lie apart (V and checksum between), so they are joined.
-        n_rows = self.n_rows[self._position(layer)]
-        return self.groups(layer)[:, half].flatten(0, 1)[:n_rows]
-
-    def _position(self, layer: int) -> int:
-        i = layer - self.layer_start
-        if not 0 <= i < len(self.n_rows):
-            stop = self.layer_start + len(self.n_rows)
-            raise StoreError(
-                "the layer must be one that was read",
-                values=f"layer {layer}, read {self.layer_start}..{stop - 1}",
-                remedy="read it first",
-            )
-        return i

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,11 +18,12 @@ from .catalog import Catalog, Kept
 from .chunk_file import (
     ChunkCorrupt,
     Geometry,
-    LayerRows,
+    decode_header,
     first_bad_group,
     layer_seed,
     read_header,
 )
+from .layer_rows import LayerRows
 from .rate_limit import RateLimiter
 from .tiers import BufferPool, FileMedium, FileSource, RamSource, Source, StoreTier
 
@@ -38,6 +39,8 @@ class Counters:
     bytes_read: int = 0
     bad_groups: int = 0
     missing_files: int = 0
+    remote_failures: int = 0
+    """Reads that a remote tier refused, broke off or did not answer in time."""
     puts: int = 0
     ram_loads: int = 0
 
@@ -71,10 +74,13 @@ class ChunkReader:
         staging = self._pool.lend(max(total, ALIGN_BYTES))
         rows = LayerRows(self._shape, staging, layer_start, n_rows, at_byte)
         rows.tier, rows.n_bytes = where.name, total
-        with self._corrupt_if_gone(kept), self._source(kept, where) as source:
+        with self._corrupt_if_gone(kept, where), self._source(kept, where) as source:
             run = self._run(kept, source, where.limiter, staging, request_bytes)
-            for i, count in enumerate(n_rows):
-                run.read_layer(layer_start + i, at_byte[i], ceil_div(count, GROUP_TOKENS))
+            groups = [ceil_div(count, GROUP_TOKENS) for count in n_rows]
+            if where.remote is not None:
+                run.announce(layer_start, groups)
+            for i, count in enumerate(groups):
+                run.read_layer(layer_start + i, at_byte[i], count)
             run.finish()
         rows.n_requests = run.n_requests
         with self._count_lock:
@@ -97,8 +103,9 @@ class ChunkReader:
         )  # fmt: skip
 
     @contextmanager
-    def _corrupt_if_gone(self, kept: Kept) -> Iterator[None]:
-        """Tell a file that is gone or unreadable from other trouble."""
+    def _corrupt_if_gone(self, kept: Kept, where: StoreTier | None) -> Iterator[None]:
+        """Tell bytes that are gone or unreadable from other trouble."""
+        key = kept.entry.key
         try:
             yield
         except ChunkCorrupt as e:
@@ -106,33 +113,74 @@ class ChunkReader:
                 self.counters.bad_groups += e.group is not None
             raise
         except FileNotFoundError:
-            self._catalog.find(kept.entry.key)  # evicted meanwhile: says so
+            self._check_still_there(kept, where)
             with self._count_lock:
                 self.counters.missing_files += 1
-            raise ChunkCorrupt(kept.entry.key, "the file is missing") from None
+            raise ChunkCorrupt(key, "the file is missing") from None
         except OSError as e:
+            if where is not None and where.remote is not None:
+                with self._count_lock:
+                    self.counters.remote_failures += 1
+                raise remote_error(where, key, e) from None
             if e.errno == errno.EIO:
-                raise ChunkCorrupt(kept.entry.key, "the disk cannot read it") from None
+                raise ChunkCorrupt(key, "the disk cannot read it") from None
             raise StoreError(
                 "a chunk must be readable from its file into memory",
                 values=f"{kept.path}: {e.strerror}",
                 remedy="fix the permissions, free memory, or raise the limit of open files",
             ) from None
 
+    def _check_still_there(self, kept: Kept, where: StoreTier | None) -> None:
+        """Raises StoreError if the chunk was evicted or moved meanwhile, in whichever process."""
+        now = self._catalog.find_again(kept.entry.key)
+        is_remote = where is not None and where.remote is not None
+        if where is not None and (
+            where.name not in now.tiers if is_remote else not self._catalog.has_file(now)
+        ):
+            raise StoreError(
+                f"a chunk must be in the tier it is read from, '{where.name}'",
+                values=f"{kept.entry.key} in {', '.join(sorted(now.tiers))}",
+                remedy="place it there first; it may have been moved",
+            )
+
     def verified_order(self, kept: Kept) -> np.ndarray:
-        """The order, int32 [N], from the chunk's file."""
-        with self._corrupt_if_gone(kept):
-            return read_header(kept.path)[1]
+        """The order, int32 [N], from the chunk's header."""
+        where = self._home(kept)
+        with self._corrupt_if_gone(kept, where):
+            if where is None or where.remote is None:
+                return read_header(kept.path)[1]
+            return decode_header(where.remote.header(kept.entry.key), kept.entry.key)[1]
+
+    def whole(self, kept: Kept) -> tuple[bytes, np.ndarray]:
+        """Header and blobs, uint8 [chunk bytes], verified, from wherever they are. Claim first."""
+        key, where = kept.entry.key, self._home(kept)
+        with self._corrupt_if_gone(kept, where):
+            if where is None or where.remote is None:
+                header = kept.path.read_bytes()[: read_header(kept.path)[2]]
+            else:
+                header = where.remote.header(key)
+                decode_header(header, key)
+            blobs = self._catalog.ram.get(key)
+            return header, self._fetch(kept, where) if blobs is None else blobs
+
+    def _home(self, kept: Kept) -> StoreTier | None:
+        """The remote tier that holds the chunk if no file does."""
+        if self._catalog.has_file(kept):
+            return None
+        names = sorted(kept.tiers)
+        return self._catalog.tier(names[0]) if names else None
 
     @contextmanager
     def _source(self, kept: Kept, where: StoreTier) -> Iterator[Source]:
         """The chunk opened for reading from that tier."""
         key = kept.entry.key
         source: Source
-        if where.is_dram:
+        if where.remote is not None:
+            source = where.remote.open(key, kept.row.header_bytes, kept.blob_bytes)
+        elif where.is_dram:
             blobs = self._catalog.ram.get(key)
             if blobs is None and where.name in kept.tiers:
-                # In RAM before the store was closed; read the file once more.
+                # In RAM before the store was closed, or in another process; read the file.
                 with self._catalog.claim(key):
                     if where.name in self._catalog.find(key).tiers:
                         blobs = self._load(kept)
@@ -153,7 +201,7 @@ class ChunkReader:
 
     def load_ram(self, kept: Kept) -> None:
         """Have a RAM copy, read from the file and verified if there is none. Claim it first."""
-        with self._corrupt_if_gone(kept):
+        with self._corrupt_if_gone(kept, None):
             self._load(kept)
 
     def _load(self, kept: Kept) -> np.ndarray:
@@ -162,19 +210,39 @@ class ChunkReader:
         if blobs is not None:
             return blobs
         read_header(kept.path)
+        blobs = self._fetch(kept, None)
+        self._catalog.ram[key] = blobs
+        self.counters.ram_loads += 1
+        return blobs
+
+    def _fetch(self, kept: Kept, where: StoreTier | None) -> np.ndarray:
+        """All blobs, uint8 [chunk bytes], verified, from a remote tier or the file."""
         # Whole pages of their own, as unbuffered reads need.
         blobs = np.frombuffer(mmap.mmap(-1, kept.entry.n_bytes), dtype=np.uint8)
         n_groups = ceil_div(kept.entry.n_tokens, GROUP_TOKENS)
-        source = FileSource(self._files, str(kept.path), kept.row.header_bytes)
+        source: Source
+        if where is not None and where.remote is not None:
+            source = where.remote.open(kept.entry.key, kept.row.header_bytes, kept.blob_bytes)
+        else:
+            source = FileSource(self._files, str(kept.path), kept.row.header_bytes)
         try:
             run = self._run(kept, source, None, blobs, LOAD_REQUEST_BYTES)
+            run.announce(0, [n_groups] * self._shape.n_layers)
             for layer in range(self._shape.n_layers):
                 run.read_layer(layer, layer * kept.blob_bytes, n_groups)
         finally:
             source.close()
-        self._catalog.ram[key] = blobs
-        self.counters.ram_loads += 1
         return blobs
+
+
+def remote_error(where: StoreTier, key: str, e: OSError) -> StoreError:
+    """The error for a remote tier that does not do what it was asked."""
+    why = str(e) or type(e).__name__
+    return StoreError(
+        f"the remote tier '{where.name}' must answer",
+        values=f"chunk {key}: {why}",
+        remedy="start the server, or raise timeout_s in the tier's URL",
+    )
 
 
 class ReadRun:
@@ -214,6 +282,17 @@ class ReadRun:
         """Wait for the end of the last request's slot."""
         if self._limiter is not None and self._slot_s is not None:
             self._limiter.wait(self._slot_s)
+
+    def announce(self, layer_start: int, n_groups: Sequence[int]) -> None:
+        """Tell the source of every request to come: these groups of the layers from one on."""
+        ranges = []
+        for layer, count in enumerate(n_groups, layer_start):
+            n_bytes = self._shape.read_bytes(count * GROUP_TOKENS)
+            at_byte = layer * self._blob_bytes
+            for start in range(0, n_bytes, self._request_bytes):
+                size = min(self._request_bytes, n_bytes - start)
+                ranges.append((at_byte + start, size))
+        self._source.announce(ranges)
 
     def read_layer(self, layer: int, at_byte: int, n_groups: int) -> None:
         """Bring the first groups of a layer to `at_byte` of the buffer.

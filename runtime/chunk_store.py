@@ -1,9 +1,9 @@
-"""`ChunkStore`: keeps encoded chunks in files, serves them from tiers, never returns bad rows.
+"""`ChunkStore`: keeps encoded chunks, serves them from tiers, never returns bad rows.
 
-Every chunk has one file, whatever its tier; a `dram` tier adds one RAM copy that all dram tiers
-share. A chunk may be held by several tiers at once: one serves it, the others count it against
-their capacity and keep it alive. Writers and bookkeeping share one lock, which is never held
-during reads of chunk data.
+A chunk in a `file` or `dram` tier has one file; dram tiers share one RAM copy beside it. A `remote`
+tier holds the same bytes elsewhere. A chunk may be held by several tiers at once: one serves it,
+the others count it against their capacity and keep it alive. Several processes may have a folder
+open; writers and bookkeeping share one lock in each, never held while chunk data is read.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ from .chunk_file import (
     ChunkCorrupt,
     ChunkMeta,
     Geometry,
-    LayerRows,
     cannot_write,
     check_chunk,
     encode_header,
     pack_blobs,
     write_chunk,
 )
-from .chunk_reader import ChunkReader, Counters
-from .store_index import Row, StoreIndex, identity_of, lock_file, scan
-from .tiers import FileMedium, StoreTier, TierConfig
+from .chunk_reader import ChunkReader, Counters, remote_error
+from .layer_rows import LayerRows
+from .room import Room
+from .store_index import Row, StoreIndex, identity_of
+from .store_lock import Owners
+from .store_scan import REPAIRS, Scan
+from .tiers import FileMedium, StoreTier, TierConfig, check_tiers
 
 __all__ = ["ChunkCorrupt", "ChunkStore", "Counters", "LayerRows", "TierConfig"]
 
@@ -46,17 +49,18 @@ log = logging.getLogger(__name__)
 
 
 class ChunkStore:
-    """Chunks of one model in the folder `root`, open in one process at a time.
+    """Chunks of one model in the folder `root`, which several processes may have open.
 
     Args:
-        root: made if it is not there.
+        root: made if it is not there. Whoever opens it while nobody else has it open repairs it.
         model: shapes and dtype of K and V.
         model_fingerprint: identity of the weights; part of every key.
         tiers: where chunks can be served from. A tier that has less capacity than it holds on
-            disk evicts at once.
+            disk evicts at once. Processes that share a folder name the same tiers.
 
     Raises:
-        StoreError: the folder cannot be used, is open elsewhere, or holds another model's chunks.
+        StoreError: the folder cannot be used, holds another model's chunks, or is open elsewhere
+            with other tiers.
     """
 
     def __init__(
@@ -67,37 +71,45 @@ class ChunkStore:
         self.counters = Counters()
         self._fingerprint = model_fingerprint
         self._folder = self.root / "chunks"
-        if not tiers or len({t.name for t in tiers}) != len(tiers):
-            raise StoreError(
-                "a store needs one tier or more, each with its own name",
-                values=f"{[t.name for t in tiers]}",
-                remedy="name each tier once",
-            )
+        check_tiers(tiers)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock_file = lock_file(self.root / "lock")
+            self._owners = Owners(self.root / "lock")
         except OSError as e:
             raise cannot_write(self.root, e) from None
         try:
-            self._open(tiers)
+            with self._owners.joining():
+                self._open(tiers)
         except OSError as e:
-            self._lock_file.close()
+            self._owners.close()
             raise cannot_write(self.root, e) from None
         except BaseException:
-            self._lock_file.close()
+            self._owners.close()
             raise
 
     def _open(self, tiers: Sequence[TierConfig]) -> None:
-        files = FileMedium(self._folder)
+        files, alone = FileMedium(self._folder), self._owners.alone
         self.tiers = {config.name: StoreTier(config, files) for config in tiers}
         identity = identity_of(self.model, self._fingerprint)
-        self._index = StoreIndex(self.root / "index.sqlite", identity)
-        rows, self.repairs = scan(
-            self._folder, self._index, self.model, self._fingerprint, self._known_tiers
-        )
-        self.repairs["index_rebuilt"] = int(self._index.rebuilt)
-        self._catalog = Catalog(self._folder, self._index, self.model, self.tiers, rows)
-        self.repairs["chunks_evicted"] = self._catalog.evictions
+        index = StoreIndex(self.root / "index.sqlite", identity, alone=alone)
+        self._index = index
+        self.repairs = dict.fromkeys(REPAIRS, 0)
+        try:
+            index.agree_on_tiers({t.name: t.config.terms for t in self.tiers.values()}, alone)
+            if alone:
+                found = Scan(
+                    self._folder, index, self.model, self._fingerprint, self.tiers,
+                    self._known_tiers,
+                )  # fmt: skip
+                found.run()
+                self.repairs = found.repairs
+            self._catalog = Catalog(self._folder, index, self.model, self.tiers, self._owners)
+            self.room = Room(self._catalog)  # counts evictions, demotions, failed removals
+            self.repairs["chunks_evicted"] = self.room.shrink(self.tiers.values())
+        except BaseException:
+            index.close()
+            raise
+        self.repairs["index_rebuilt"] = int(index.rebuilt)
         self._reader = ChunkReader(Geometry.of(self.model), files, self._catalog, self.counters)
         if any(self.repairs.values()):
             log.warning("repaired the chunk store %s: %s", self.root, self.repairs)
@@ -144,7 +156,7 @@ class ChunkStore:
             if there is not None:
                 catalog.touch(there)
                 return there.entry
-            with catalog.room(where, chunk_bytes(self.model, n_tokens)):
+            with self.room.take(key, where, chunk_bytes(self.model, n_tokens)):
                 meta = ChunkMeta(
                     key, content_id, n_tokens, self._fingerprint,
                     (self.model.n_layers, self.model.n_kv_heads, self.model.head_dim),
@@ -152,72 +164,112 @@ class ChunkStore:
                 )  # fmt: skip
                 header = encode_header(meta, order.numpy())
                 blobs = pack_blobs(self.model, key, k.detach().cpu(), v.detach().cpu(), order)
-                path = self._folder / f"{key}{CHUNK_SUFFIX}"
-                write_chunk(path, header, blobs)
+                self._write(where, key, header, blobs)
                 row = Row(
                     key, content_id, n_tokens, kind, chain, order_name, meta.tenant_id,
                     len(header), (tier,),
                 )  # fmt: skip
-                with catalog.changed:
-                    try:
-                        self._index.put(row)
-                    except StoreError:
-                        path.unlink(missing_ok=True)
-                        raise
-                    if where.is_dram:
-                        catalog.ram[key] = blobs
-                    kept = catalog.adopt(row)
-                    kept.order = order
-                    self.counters.puts += 1
+                try:
+                    with catalog.changed, catalog.shared():
+                        kept = catalog.settle(row)
+                        kept.order = order
+                        if where.is_dram:
+                            catalog.ram[key] = blobs
+                        self.counters.puts += 1
+                except BaseException:
+                    self.room.remove_bytes(where, key, self._path(key))
+                    raise
         return kept.entry
 
+    def _write(self, where: StoreTier, key: str, header: bytes, blobs: np.ndarray) -> None:
+        """Put a claimed chunk's bytes where the tier keeps them."""
+        if where.remote is None:
+            write_chunk(self._path(key), header, blobs)
+            return
+        try:
+            where.remote.write(key, header, blobs, blobs.nbytes // self.model.n_layers)
+        except OSError as e:
+            raise remote_error(where, key, e) from None
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}{CHUNK_SUFFIX}"
+
     def place(self, key: str, tier: str) -> ChunkEntry:
-        """Serve a chunk from `tier` from now on; a dram tier reads the file into RAM first.
+        """Serve a chunk from `tier` from now on, copying its bytes there if they are not.
 
         The tiers that hold it already go on doing so.
 
         Raises:
-            StoreError: no such chunk or tier.
+            StoreError: no such chunk or tier; a remote tier does not answer.
             CapacityError: the chunk is larger than the tier.
-            ChunkCorrupt: the file is bad; nothing was changed.
+            ChunkCorrupt: its bytes are bad; nothing was changed.
         """
         where = self._tier(tier)
         catalog = self._catalog
         with catalog.claim(key):
             kept = catalog.find(key)
             try:
-                if where.is_dram:
-                    self._reader.load_ram(kept)
-                if tier not in kept.tiers:
-                    with catalog.room(where, kept.entry.n_bytes):
-                        kept.tiers.add(tier)
+                if tier in kept.tiers:
+                    if where.is_dram:
+                        self._reader.load_ram(kept)
+                    with catalog.changed, catalog.shared():
+                        catalog.serve_from(kept, tier)
+                else:
+                    with self.room.take(key, where, kept.entry.n_bytes):
+                        self._bring(kept, where)
             finally:
                 catalog.drop_unused_ram(kept)
-            with catalog.changed:
-                catalog.touch(kept)
-                catalog.serve_from(kept, tier)
+            catalog.touch(kept)
             return kept.entry
+
+    def _bring(self, kept: Kept, where: StoreTier) -> None:
+        """Have the bytes of a claimed chunk in one more tier, where room was taken."""
+        catalog, key = self._catalog, kept.entry.key
+        writes = where.remote is not None or not catalog.has_file(kept)
+        if writes:
+            self._write(where, key, *self._reader.whole(kept))
+        try:
+            if where.is_dram:
+                self._reader.load_ram(kept)
+            with catalog.changed, catalog.shared():
+                catalog.arrive(kept, where)
+        except BaseException:
+            if writes:
+                self.room.remove_bytes(where, key, kept.path)
+            raise
 
     def discard(self, key: str) -> None:
         """Forget a chunk everywhere; unknown keys are ignored."""
-        with self._catalog.claim(key), self._catalog.changed:
-            kept = self._catalog.kept.get(key)
-            if kept is not None:
-                for tier in tuple(kept.tiers):
-                    self._catalog.leave(kept, self.tiers[tier])
+        catalog = self._catalog
+        with catalog.claim(key):
+            for tier in self.tiers.values():
+                with catalog.changed, catalog.shared():
+                    kept = catalog.kept.get(key)
+                    if kept is None or tier.name not in kept.tiers:
+                        continue
+                    has_bytes = catalog.leave(kept, tier)
+                if has_bytes:
+                    self.room.remove([(tier, kept)], claimed=True)
 
     # Looking up
 
-    def index(self, order_name: str, tenant: str = "", tier: str | None = None) -> ChunkIndex:
+    def index(
+        self,
+        order_name: str,
+        tenant: str = "",
+        tier: str | None = None,
+        into: ChunkIndex | None = None,
+    ) -> ChunkIndex:
         """The tenant's chunks stored in that order, least recently used first, for a policy.
 
         With `tier`, every one of them is placed there first (`place`); those that do not fit
-        into its capacity are left out.
+        into its capacity are left out. With `into`, they are added to that index.
         """
         owner = _tenant_id(tenant)
 
         def listed() -> list[Kept]:
             with self._catalog.changed:
+                self._catalog.refresh()
                 found = [
                     kept
                     for kept in self._catalog.kept.values()
@@ -231,7 +283,7 @@ class ChunkStore:
                 if kept.entry.key in self._catalog.kept:
                     with suppress(CapacityError):
                         self.place(kept.entry.key, tier)
-        index = ChunkIndex()
+        index = ChunkIndex() if into is None else into
         for kept in listed():
             if tier is None or tier in kept.tiers:
                 index.add(kept.entry, tenant)
@@ -311,11 +363,12 @@ class ChunkStore:
         with self._catalog.changed:
             if self._catalog.closed:
                 return
-            self._catalog.closed = True
+            self._catalog.close()
             self._index.close()
-            self._catalog.kept.clear()
-            self._catalog.ram.clear()
-            self._lock_file.close()
+            self._owners.close()
+        for tier in self.tiers.values():
+            if tier.remote is not None:
+                tier.remote.close()
 
     # Inside
 

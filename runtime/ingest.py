@@ -6,7 +6,7 @@ The time of each part is kept: it is the preparation that other reports leave ou
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..core.errors import StoreError, WorkloadError
 from ..core.rng import rng
 from .chunk_store import ChunkStore
 from .transformer import Transformer
+from .write_back import WriteBack
 
 NEIGHBOURS_TOKENS = 256
 """Text put before a chunk to see which of its tokens depend on what stands there."""
@@ -45,7 +46,6 @@ class Ingestor:
         self.seed = seed
         self.ledger = PreparationLedger()
 
-    @torch.inference_mode()
     def ingest(
         self,
         token_ids: Sequence[int],
@@ -61,24 +61,54 @@ class Ingestor:
             StoreError, CapacityError: it cannot be written or is larger than the tier.
             WorkloadError: the selector compares more neighbours than there are.
         """
-        content_id = content_id_of(token_ids)
-        there = self.kept(content_id, selector, tenant)
+        there = self.kept(content_id_of(token_ids), selector, tenant)
         if there is not None:
             return there
+        write, _ = self._prepared(token_ids, selector, tier, neighbours, tenant)
+        return write()
+
+    def ingest_behind(
+        self,
+        queue: WriteBack,
+        token_ids: Sequence[int],
+        *,
+        selector: str,
+        tier: str,
+        neighbours: Sequence[Sequence[int]] = (),
+        tenant: str = "",
+    ) -> bool:
+        """`ingest`, its writing left to a queue; False when the queue had no room for it."""
+        write, n_bytes = self._prepared(token_ids, selector, tier, neighbours, tenant)
+        return queue.add(write, n_bytes)
+
+    @torch.inference_mode()
+    def _prepared(
+        self,
+        token_ids: Sequence[int],
+        selector: str,
+        tier: str,
+        neighbours: Sequence[Sequence[int]],
+        tenant: str,
+    ) -> tuple[Callable[[], ChunkEntry], int]:
+        """A chunk encoded and ranked: what writes it, and the bytes that this holds."""
+        content_id = content_id_of(token_ids)
         started = time.perf_counter()
         ids = torch.tensor(list(token_ids))
         k, v = self.transformer.encode(ids)
         encoded = time.perf_counter()
         order = self._order(selector, content_id, ids, k, v, neighbours)
         scored = time.perf_counter()
-        entry = self.store.put(
-            content_id, k, v, order, order_name=selector, tier=tier, tenant=tenant
-        )
-        written = time.perf_counter()
-        self._note(
-            content_id, len(token_ids), encoded - started, scored - encoded, written - scored
-        )
-        return entry
+
+        def write() -> ChunkEntry:
+            begun = time.perf_counter()
+            entry = self.store.put(
+                content_id, k, v, order, order_name=selector, tier=tier, tenant=tenant
+            )
+            took = time.perf_counter() - begun
+            self._note(content_id, len(token_ids), encoded - started, scored - encoded, took)
+            return entry
+
+        return write, k.nbytes + v.nbytes
 
     def kept(self, content_id: str, selector: str, tenant: str = "") -> ChunkEntry | None:
         """The entry of a chunk that was encoded alone, None if the store has none."""

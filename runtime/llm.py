@@ -20,7 +20,7 @@ from ..core.workload import Content, Request, Workload
 from .loaded_model import LoadedModel, load_model
 from .machine import device_here
 from .rope_gate import check_rope
-from .runner import Runner, RunResult
+from .runner import Runner, RunResult, tenants_of
 from .tiers import TierConfig
 
 log = logging.getLogger(__name__)
@@ -32,12 +32,14 @@ Text = str | Sequence[int]
 class Prompt:
     """Reusable chunks in order, then a suffix that is always computed.
 
-    Each part is text (the `LLM` needs a tokenizer then) or token ids.
+    Each part is text (the `LLM` needs a tokenizer then) or token ids. Chunks are shared by the
+    prompts of one tenant only.
     """
 
     chunks: Sequence[Text]
     suffix: Text
     max_tokens: int = 16
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class LLM:
         tokenizer: anything with `encode(text)` and `decode(ids)`.
         ingest: when chunks that were not found are stored: after the answers, or never.
         allow_mismatch: load a plan that was tuned for another machine or model.
+        write_back_bytes: size of the queue of chunks that are written after `generate` returns;
+            what does not fit is dropped. None writes them before.
 
     Raises:
         ModelError: family or RoPE kind not supported, or the RoPE gate fails.
@@ -82,6 +86,7 @@ class LLM:
         ingest: Literal["after", "never"] = "after",
         allow_mismatch: bool = False,
         compute_threads: int = 1,
+        write_back_bytes: int | None = None,
     ) -> None:
         loaded = model if isinstance(model, LoadedModel) else load_model(model, dtype)
         self.plan = self._plan(plan, loaded, compute_threads, allow_mismatch)
@@ -89,7 +94,10 @@ class LLM:
         folder = self._temp.name if self._temp is not None else store_dir
         assert folder is not None
         default = (TierConfig("dram", "dram"), TierConfig("file", "file"))
-        self.runner = Runner(loaded, folder, tiers or default, compute_threads=compute_threads)
+        self.runner = Runner(
+            loaded, folder, tiers or default, compute_threads=compute_threads,
+            write_back_bytes=write_back_bytes,
+        )  # fmt: skip
         try:
             check_rope(self.runner.transformer)
         except BaseException:
@@ -99,8 +107,8 @@ class LLM:
         self.tokenizer = tokenizer
         self.ingest_when = ingest
 
-    def ingest(self, chunks: Sequence[Text]) -> list[str]:
-        """Store chunks ahead of time; returns their content ids.
+    def ingest(self, chunks: Sequence[Text], tenant: str = "") -> list[str]:
+        """Store a tenant's chunks ahead of time; returns their content ids.
 
         Raises:
             StoreError, CapacityError: no space, no permission, larger than the tier.
@@ -111,7 +119,7 @@ class LLM:
         order = order_of(self.plan)
         return [
             self.runner.ingestor.ingest(
-                ids, selector=order, tier=self.tier, neighbours=texts
+                ids, selector=order, tier=self.tier, neighbours=texts, tenant=tenant
             ).content_id
             for ids in texts
         ]
@@ -125,7 +133,7 @@ class LLM:
         """
         workload = self._workload(prompts)
         stop = None if ignore_eos else self._stop_token()
-        index = self.runner.index(self.plan)
+        index = self.runner.index(self.plan, tenants=tenants_of(workload))
         result = self.runner.serve(workload, self.plan, index, stop_token=stop)
         if self.ingest_when == "after":
             self._ingest_missed(workload)
@@ -206,6 +214,7 @@ class LLM:
                     suffix_ids=suffix,
                     max_output_tokens=prompt.max_tokens,
                     output_tokens=prompt.max_tokens,
+                    tenant=prompt.tenant,
                 )
             )
         if not requests:

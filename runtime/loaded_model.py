@@ -17,6 +17,7 @@ from torch import nn
 from ..core.errors import ModelError
 from ..core.model_spec import DTYPE_BYTES, ModelSpec, spec_from_hf_config
 from ..core.record import parse_json
+from .shapes import CONFIGS, config_of
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-tiny": dict(n=4, hidden=128, heads=4, kv=2, ffn=256, vocab=512),
@@ -47,7 +48,7 @@ def load_model(
     """A model from a Hugging Face folder, a shape's name (random weights) or a module.
 
     Args:
-        source: folder with `config.json`, a key of `SHAPES`, or a causal-LM module.
+        source: folder with `config.json`, a key of `SHAPES` or `CONFIGS`, or a causal-LM module.
         dtype: float32, bfloat16 or float16; ignored for a module.
         seed: of the random weights.
 
@@ -64,12 +65,14 @@ def load_model(
         )
     if str(source) in SHAPES:
         return _wrap(_random_llama(str(source), dtype, seed), str(source))
+    if str(source) in CONFIGS:
+        return _wrap(random_model(config_of(str(source)), dtype, seed).hf, str(source))
     folder = Path(source)
     if not (folder / "config.json").is_file():
         raise ModelError(
             "the model must be a folder with config.json or a known shape",
             values=repr(str(source)),
-            remedy=f"known shapes: {', '.join(SHAPES)}",
+            remedy=f"known shapes: {', '.join([*SHAPES, *CONFIGS])}",
         )
     spec_from_hf_config(_read_config(folder / "config.json"))
     return _wrap(_read_weights(folder, dtype), folder.name)

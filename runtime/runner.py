@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from ..core.block_pool import BlockPool
 from ..core.chunk_index import ChunkIndex, content_id_of
 from ..core.decision import ReuseDecision
 from ..core.engine import Engine, batch_schedule_of
-from ..core.errors import WorkloadError
+from ..core.errors import StoreError, WorkloadError
 from ..core.executor import execute, serve
 from ..core.ops import COMPUTE, RESTORE, Schedule, io_stream
 from ..core.plan import ReusePlan
@@ -25,12 +27,26 @@ from .handlers import Handlers
 from .ingest import Ingestor
 from .kv_buffer import KvPool
 from .loaded_model import LoadedModel
-from .session import Session
+from .prefetch import LiveIndex, PrefetchCounters, Prefetcher
+from .session import Session, token_tensor
 from .tiers import TierConfig
 from .transformer import Transformer
+from .write_back import WriteBack
 
 Decisions = Mapping[int, ReuseDecision]
 """By request id."""
+
+
+def asked_by_tenant(workload: Workload) -> list[tuple[str, str]]:
+    """(tenant, content id), each once; contents that nobody asks for are the nameless tenant's."""
+    asked = dict.fromkeys((r.tenant, c) for r in workload.requests for c in r.chunks)
+    known = {content_id for _, content_id in asked}
+    return [*asked, *(("", c) for c in workload.contents if c not in known)]
+
+
+def tenants_of(workload: Workload) -> list[str]:
+    """Tenants with a request, each once."""
+    return list(dict.fromkeys(r.tenant for r in workload.requests))
 
 
 @dataclass
@@ -44,10 +60,14 @@ class RunResult:
     """Tokens loaded rather than computed, at the last layer."""
     n_fallbacks: int = 0
     n_read_failures: int = 0
+    prefetched: PrefetchCounters = field(default_factory=PrefetchCounters)
 
 
 class Runner:
-    """One model, one store, one device. `tiers` may be rate limited to act as slower ones."""
+    """One model, one store, one device. `tiers` may be rate limited to act as slower ones.
+
+    With `write_back_bytes`, `prepare(only_missing=True)` leaves writing to a queue that long.
+    """
 
     def __init__(
         self,
@@ -58,6 +78,7 @@ class Runner:
         kv_capacity_tokens: int = 1 << 17,
         compute_threads: int = 1,
         seed: int = 0,
+        write_back_bytes: int | None = None,
     ) -> None:
         torch.set_num_threads(compute_threads)
         self.loaded = loaded
@@ -65,6 +86,7 @@ class Runner:
         self.compute_threads = compute_threads
         self.transformer = Transformer(loaded)
         self.store = ChunkStore(Path(store_dir), self.spec, loaded.fingerprint, tiers)
+        self.write_back = WriteBack(write_back_bytes) if write_back_bytes else None
         self.ingestor = Ingestor(self.transformer, self.store, seed=seed)
         self.kv_capacity_tokens = kv_capacity_tokens
         self._pool = KvPool(self.spec, kv_capacity_tokens)
@@ -81,7 +103,9 @@ class Runner:
         return self.kv_capacity_tokens // 16
 
     def close(self) -> None:
-        """Close the store."""
+        """Write what is queued, close the store."""
+        if self.write_back is not None:
+            self.write_back.close()
         self.store.close()
 
     def prepare(
@@ -93,8 +117,9 @@ class Runner:
         """
         order = order_of(plan)
         texts = [c.token_ids for c in workload.contents.values() if c.token_ids is not None]
-        for content_id, content in workload.contents.items():
-            entry = self.ingestor.kept(content_id, order)
+        for tenant, content_id in asked_by_tenant(workload):
+            content = workload.contents[content_id]
+            entry = self.ingestor.kept(content_id, order, tenant)
             if entry is None:
                 if content.token_ids is None:
                     raise WorkloadError(
@@ -108,16 +133,23 @@ class Runner:
                         values=f"content '{content_id}'",
                         remedy="rename contents with Workload.by_content()",
                     )
-                entry = self.ingestor.ingest(
-                    content.token_ids, selector=order, tier=tier, neighbours=texts
+                ingest: Callable[..., object] = self.ingestor.ingest
+                if only_missing and self.write_back is not None:
+                    ingest = partial(self.ingestor.ingest_behind, self.write_back)
+                ingest(
+                    content.token_ids, selector=order, tier=tier, neighbours=texts, tenant=tenant
                 )
-            elif only_missing:
-                continue
-            self.store.place(entry.key, tier)
+            elif not only_missing:
+                self.store.place(entry.key, tier)
 
-    def index(self, plan: ReusePlan, tier: str | None = None) -> ChunkIndex:
-        """What a policy may use under `plan`; all in `tier` if one is given."""
-        return self.store.index(order_of(plan), tier=tier)
+    def index(
+        self, plan: ReusePlan, tier: str | None = None, tenants: Iterable[str] = ("",)
+    ) -> LiveIndex:
+        """What a policy may use of these tenants' chunks; all in `tier` if one is given."""
+        index = LiveIndex()
+        for tenant in tenants:
+            self.store.index(order_of(plan), tenant, tier, into=index)
+        return index
 
     def schedule(
         self, workload: Workload, request: Request, plan: ReusePlan, index: ChunkIndex
@@ -192,10 +224,12 @@ class Runner:
         index: ChunkIndex,
         *,
         stop_token: int | Sequence[int] | None = None,
+        prefetch: str | None = None,
     ) -> RunResult:
         """Serve a workload in the closed loop of the engine.
 
         A chunk that cannot be read is computed instead; one that is corrupt leaves the store.
+        With `prefetch`, chunks of a request that waits move to that tier (prefetch.py).
 
         Raises:
             WorkloadError: a request does not fit the model's context, or lacks token ids.
@@ -204,7 +238,9 @@ class Runner:
         workload.check_fits(self.spec)
         stop_tokens = frozenset([stop_token] if isinstance(stop_token, int) else stop_token or ())
         blocks = BlockPool(self.n_kv_blocks)
-        engine = Engine(workload, self.spec, plan, index, blocks)
+        prefetcher = self._prefetcher(index, prefetch)
+        on_wait = prefetcher.on_wait if prefetcher is not None else None
+        engine = Engine(workload, self.spec, plan, index, blocks, on_wait)
         requests = {r.request_id: r for r in workload.requests}
         result = RunResult(Timeline((), 0, ()))
         latest: dict[int, Session] = {}
@@ -224,13 +260,26 @@ class Runner:
             self._collect(result, session)
 
         handlers = self._handlers(plan)
-        with CpuExecutor(handlers, source, collect) as executor:
+        with prefetcher or nullcontext(), CpuExecutor(handlers, source, collect) as executor:
             executor.warm(self._streams(plan))
             result.timeline = serve(workload, engine, executor)
         self._drop_corrupt(handlers)
         result.n_fallbacks = engine.n_fallbacks
         result.n_read_failures = handlers.n_read_failures
+        if prefetcher is not None:
+            result.prefetched = prefetcher.counters
         return result
+
+    def _prefetcher(self, index: ChunkIndex, tier: str | None) -> Prefetcher | None:
+        if tier is None:
+            return None
+        if not isinstance(index, LiveIndex):
+            raise StoreError(
+                "prefetching needs an index that can learn of moves",
+                values=type(index).__name__,
+                remedy="serve with Runner.index(...)",
+            )
+        return Prefetcher(self.store, index, tier)
 
     def _streams(self, plan: ReusePlan) -> list[str]:
         """Streams that ops under `plan` may name."""
@@ -273,8 +322,7 @@ class Runner:
                 values=f"request {request.request_id} lacks some",
                 remedy="add token_ids and suffix_ids, or simulate it",
             )
-        flat = [t for chunk in ids if chunk is not None for t in chunk]
-        token_ids = torch.tensor([*flat, *request.suffix_ids])
+        token_ids = token_tensor([*(chunk for chunk in ids if chunk), request.suffix_ids])
         return Session(
             request.request_id,
             attempt,

@@ -1,30 +1,46 @@
-"""The store's index on disk (SQLite, WAL) and the start-up scan that makes it agree with files.
+"""The store's index on disk (SQLite, WAL), shared by the processes that have the folder open.
 
-The files are the truth: a row is written after its file is safe, and deleted after its file is
-gone, so after a crash the scan can always tell what to do.
+The files are the truth: a row is written after its file is safe, and deleted before its file is,
+so no row is ever without its bytes. A `claim` row says who writes, moves or removes a chunk, and
+which bytes of a tier that owner was promised meanwhile; it outlives its owner, so whoever finds it
+(catalog.py), or the next start (store_scan.py), can tell what to clear up.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..core.errors import StoreError
-from ..core.layout import chunk_bytes
 from ..core.model_spec import ModelSpec
-from .chunk_file import (
-    CHUNK_SUFFIX,
-    FORMAT_VERSION,
-    TEMP_SUFFIX,
-    ChunkCorrupt,
-    read_header,
+from .chunk_file import FORMAT_VERSION
+
+INDEX_VERSION = 2
+"""Version 1 had no claims and no tiers, as one process alone could have a store open."""
+
+BUSY_S = 20.0
+"""How long to wait while another process changes the index."""
+
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS chunks (key TEXT PRIMARY KEY, content_id TEXT, n_tokens INTEGER,"
+    " kind TEXT, chain TEXT, order_name TEXT, tenant_id TEXT, header_bytes INTEGER, tiers TEXT)",
+    "CREATE TABLE IF NOT EXISTS identity (name TEXT PRIMARY KEY, value TEXT)",
+    "CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner INTEGER, tier TEXT,"
+    " n_bytes INTEGER)",
+    "CREATE TABLE IF NOT EXISTS tiers (name TEXT PRIMARY KEY, config TEXT)",
+    "CREATE TABLE IF NOT EXISTS changes (number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT)",
+    *(
+        f"CREATE TRIGGER IF NOT EXISTS chunks_{act} AFTER {act} ON chunks"
+        f" BEGIN INSERT INTO changes (key) VALUES ({row}.key); END"
+        for act, row in (("insert", "new"), ("update", "new"), ("delete", "old"))
+    ),
 )
+_COLUMNS = "key, content_id, n_tokens, kind, chain, order_name, tenant_id, header_bytes, tiers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +58,58 @@ class Row:
     tiers: tuple[str, ...]
 
 
+class Claim(NamedTuple):
+    """A chunk that `owner` works on, and the bytes of a tier it was promised for it."""
+
+    key: str
+    owner: int
+    tier: str
+    n_bytes: int
+
+
 class StoreIndex:
     """Rows in SQLite. The caller serialises the calls.
 
+    Args:
+        alone: nobody else has the folder open, so that it may be migrated or made anew.
+
     Raises:
-        StoreError: on any call, when the database cannot be read or written.
+        StoreError: on any call, when the database cannot be read or written; at opening, when it
+            belongs to another model or version.
     """
 
-    def __init__(self, path: Path, identity: dict[str, str]) -> None:
+    def __init__(self, path: Path, identity: dict[str, str], *, alone: bool = True) -> None:
         self.rebuilt = False
         self._path = path
+        self._seen_version = self._seen_change = -1
         try:
-            self._db = self._open()
+            self._db = self._open(alone)
         except sqlite3.OperationalError as e:
             raise self._error(e) from None
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as e:
+            if not alone:
+                raise self._error(e) from None
             # Not a database any more. The files know everything that is in it.
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{path}{suffix}").unlink(missing_ok=True)
             self.rebuilt = True
-            self._db = self._open()
-        self._check_identity(identity)
+            self._db = self._open(alone)
+        try:
+            self._check_identity(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    # Rows
 
     def rows(self) -> list[Row]:
         """All rows, oldest first."""
-        found = self._run("SELECT * FROM chunks ORDER BY rowid")
-        return [Row(*fields, tiers=tuple(json.loads(tiers))) for *fields, tiers in found]
+        return [_row(f) for f in self._run(f"SELECT {_COLUMNS} FROM chunks ORDER BY rowid")]
+
+    def row(self, key: str) -> Row | None:
+        """The row of one chunk."""
+        found = self._run(f"SELECT {_COLUMNS} FROM chunks WHERE key = ?", (key,))
+        return _row(found[0]) if found else None
 
     def put(self, row: Row) -> None:
         """Add or replace a row."""
@@ -85,26 +127,137 @@ class StoreIndex:
         """Delete a row, if there."""
         self._run("DELETE FROM chunks WHERE key = ?", (key,))
 
+    # Processes
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Keep other processes from changing the index meanwhile; all or nothing."""
+        self._run("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._run("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Several reads that see one state."""
+        if self._db.in_transaction:
+            yield
+            return
+        self._run("BEGIN")
+        try:
+            yield
+        finally:
+            self._run("COMMIT")
+
+    def changed_elsewhere(self) -> bool:
+        """Whether another process has changed anything since the last call."""
+        version: int = self._run("PRAGMA data_version")[0][0]
+        changed = version != self._seen_version
+        self._seen_version = version
+        return changed
+
+    def look_again(self) -> None:
+        """Take everything as changed."""
+        self._seen_version = self._seen_change = -1
+
+    def changed_rows(self) -> dict[str, Row | None]:
+        """Chunks whose rows were put, changed or deleted (None) since the last call, by anyone."""
+        if self._seen_change < 0:
+            changed: dict[str, Row | None] = {row.key: row for row in self.rows()}
+        else:
+            sql = "SELECT DISTINCT key FROM changes WHERE number > ?"
+            keys = [key for (key,) in self._run(sql, (self._seen_change,))]
+            changed = {key: self.row(key) for key in keys}
+        last = self._run("SELECT max(number) FROM changes")[0][0]
+        self._seen_change = last or 0
+        return changed
+
+    @property
+    def sees_all_anew(self) -> bool:
+        """Whether the next `changed_rows` lists every chunk there is, and no other."""
+        return self._seen_change < 0
+
+    def forget_changes(self) -> None:
+        """Start the list of changes anew; for who is alone."""
+        self._run("DELETE FROM changes")
+
+    def claims(self) -> list[Claim]:
+        """Chunks that somebody works on, in any process."""
+        return [Claim(*c) for c in self._run("SELECT key, owner, tier, n_bytes FROM claims")]
+
+    def claim_of(self, key: str) -> Claim | None:
+        """Who works on `key`."""
+        sql = "SELECT key, owner, tier, n_bytes FROM claims WHERE key = ?"
+        found = self._run(sql, (key,))
+        return Claim(*found[0]) if found else None
+
+    def claim(self, claim: Claim) -> None:
+        """Note or change who works on a chunk and what was promised."""
+        self._run("INSERT OR REPLACE INTO claims VALUES (?,?,?,?)", claim)
+
+    def release(self, key: str) -> None:
+        """The work on `key` has ended."""
+        self._run("DELETE FROM claims WHERE key = ?", (key,))
+
+    def agree_on_tiers(self, mine: dict[str, str], alone: bool) -> None:
+        """Write the tiers' terms, or compare with those who have the folder open.
+
+        Raises:
+            StoreError: theirs are others.
+        """
+        if alone:
+            self.forget_changes()
+            self._run("DELETE FROM tiers")
+            for item in mine.items():
+                self._run("INSERT INTO tiers VALUES (?,?)", item)
+            return
+        theirs = dict(self._run("SELECT name, config FROM tiers"))
+        if theirs != mine:
+            raise StoreError(
+                "processes that share a store must name the same tiers, capacities and evictions",
+                values=f"{mine} for {theirs}",
+                remedy="give them the same, or close the other process first",
+            )
+
     def close(self) -> None:
         """Close the database."""
         self._db.close()
 
-    def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+    # Inside
+
+    def _open(self, alone: bool) -> sqlite3.Connection:
+        db = sqlite3.connect(
+            self._path, check_same_thread=False, isolation_level=None, timeout=BUSY_S
+        )
         try:
             db.execute("PRAGMA journal_mode = WAL")
             # A row lost to a power cut comes back from its file.
             db.execute("PRAGMA synchronous = NORMAL")
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS chunks (key TEXT PRIMARY KEY, content_id TEXT,"
-                " n_tokens INTEGER, kind TEXT, chain TEXT, order_name TEXT, tenant_id TEXT,"
-                " header_bytes INTEGER, tiers TEXT)"
-            )
-            db.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT PRIMARY KEY, value TEXT)")
-        except sqlite3.DatabaseError:
+            self._migrate(db, alone)
+        except BaseException:
             db.close()
             raise
         return db
+
+    def _migrate(self, db: sqlite3.Connection, alone: bool) -> None:
+        """Bring a database of version 1, or a new one, to this version."""
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == INDEX_VERSION:
+            return
+        if version > INDEX_VERSION or not alone:
+            raise StoreError(
+                f"the index of a store must have version {INDEX_VERSION}",
+                values=f"{self._path} with version {version}",
+                remedy="use the program that wrote it, or choose another folder",
+            )
+        # Version 1 did not number itself; its rows are those of version 2.
+        for sql in _TABLES:
+            db.execute(sql)
+        db.execute(f"PRAGMA user_version = {INDEX_VERSION}")
 
     def _check_identity(self, identity: dict[str, str]) -> None:
         stored = dict(self._run("SELECT name, value FROM identity"))
@@ -112,7 +265,6 @@ class StoreIndex:
             for item in identity.items():
                 self._run("INSERT INTO identity VALUES (?,?)", item)
         elif stored != identity:
-            self.close()
             differ = sorted(n for n in identity if stored.get(n) != identity[n])
             values = ", ".join(f"{n} {identity[n]} for {stored.get(n)}" for n in differ)
             raise wrong_model(self._path.parent, values)
@@ -131,6 +283,11 @@ class StoreIndex:
         )
 
 
+def _row(fields: tuple[Any, ...]) -> Row:
+    *most, tiers = fields
+    return Row(*most, tuple(json.loads(tiers)))
+
+
 def wrong_model(folder: Path, values: str) -> StoreError:
     """The error for a folder that holds chunks of another model or format."""
     return StoreError(
@@ -138,88 +295,6 @@ def wrong_model(folder: Path, values: str) -> StoreError:
         values=values,
         remedy="give each model its own folder, or empty this one",
     )
-
-
-def scan(
-    folder: Path,
-    index: StoreIndex,
-    model: ModelSpec,
-    fingerprint: str,
-    known_tiers: Callable[[tuple[str, ...]], tuple[str, ...]],
-) -> tuple[list[Row], dict[str, int]]:
-    """Make index and files agree; returns the rows and what was repaired.
-
-    Args:
-        known_tiers: maps a row's tiers to those of this store, never to none.
-    """
-    repairs = dict.fromkeys(
-        ("temp_files_removed", "files_reindexed", "bad_files_removed", "rows_removed"), 0
-    )
-    files: dict[str, int] = {}
-    for item in list(os.scandir(folder)):
-        if item.name.endswith(TEMP_SUFFIX):
-            os.unlink(item.path)
-            repairs["temp_files_removed"] += 1
-        elif item.name.endswith(CHUNK_SUFFIX):
-            files[item.name.removesuffix(CHUNK_SUFFIX)] = item.stat().st_size
-    rows = []
-    for row in index.rows():
-        size = files.pop(row.key, None)
-        if size == row.header_bytes + chunk_bytes(model, row.n_tokens):
-            rows.append(row)
-            continue
-        if size is not None:
-            (folder / f"{row.key}{CHUNK_SUFFIX}").unlink()
-            repairs["bad_files_removed"] += 1
-        index.remove(row.key)
-        repairs["rows_removed"] += 1
-    for key, size in files.items():
-        path = folder / f"{key}{CHUNK_SUFFIX}"
-        found = _row_of(path, size, model, fingerprint)
-        if found is None:
-            path.unlink()
-            repairs["bad_files_removed"] += 1
-            continue
-        index.put(found)
-        rows.append(found)
-        repairs["files_reindexed"] += 1
-    for i, row in enumerate(rows):
-        tiers = known_tiers(row.tiers)
-        if tiers != row.tiers:
-            index.set_tiers(row.key, tiers)
-            rows[i] = replace(row, tiers=tiers)
-    return rows, repairs
-
-
-def _row_of(path: Path, size: int, model: ModelSpec, fingerprint: str) -> Row | None:
-    """The row of a file that has none; None when the file is bad."""
-    try:
-        meta, _, header_bytes = read_header(path)
-    except ChunkCorrupt:
-        return None
-    if meta.model_fingerprint != fingerprint:
-        raise wrong_model(path.parent, f"model {fingerprint} for {meta.model_fingerprint}")
-    if size != header_bytes + chunk_bytes(model, meta.n_tokens):
-        return None
-    return Row(
-        meta.key, meta.content_id, meta.n_tokens, meta.kind, meta.chain, meta.order_name,
-        meta.tenant_id, header_bytes, (meta.tier,),
-    )  # fmt: skip
-
-
-def lock_file(path: Path) -> IO[bytes]:
-    """The open file whose lock keeps other processes out; they would remove our temp files."""
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise StoreError(
-            "a chunk store can be open once at a time",
-            values=str(path.parent),
-            remedy="close the other one, or choose another folder",
-        ) from None
-    return file
 
 
 def identity_of(model: ModelSpec, fingerprint: str) -> dict[str, str]:

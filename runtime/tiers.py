@@ -1,4 +1,4 @@
-"""Where chunk bytes are read from: RAM or a file, each fast or acting as a slower medium."""
+"""Where chunk bytes are read from: RAM, files or another machine, fast or acting as slower."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
 import numpy as np
 
 from ..core.errors import CapacityError, StoreError
+from ..core.eviction import EvictionName, Evictor
 from ..core.layout import ALIGN_BYTES
 from .rate_limit import RateLimiter
+from .remote import RemoteMedium, open_remote
 
 log = logging.getLogger(__name__)
 
@@ -36,26 +38,64 @@ class TierConfig:
     With `limit_bytes_per_s` the medium acts as a slower one: its workers share a link of that
     rate, and every request also takes `read_latency_s`. Without it, no latency is added.
     `capacity_bytes` counts blobs (`core.layout.chunk_bytes`), headers left out; None is unbounded.
+    A dram tier's capacity holds in each process that has the store open. `url` says where a remote
+    tier lies (remote.py); it may hold a password, so it is never printed. What a dram tier evicts
+    goes on in the file tier `demote_to`, whose bytes are on disk already, if one is named.
     """
 
     name: str
-    medium: Literal["dram", "file"]
+    medium: Literal["dram", "file", "remote"]
     limit_bytes_per_s: float | None = None
     capacity_bytes: int | None = None
     read_latency_s: float = 0.0
+    url: str = field(default="", repr=False)
+    eviction: EvictionName = "lru"
+    demote_to: str | None = None
 
     def __post_init__(self) -> None:
         rate = self.limit_bytes_per_s
         if (
-            self.medium not in ("dram", "file")
+            self.medium not in ("dram", "file", "remote")
             or (rate is not None and not rate > 0)
             or (self.capacity_bytes is not None and self.capacity_bytes < 0)
             or not self.read_latency_s >= 0
+            or (self.medium == "remote") != bool(self.url)
         ):
             raise StoreError(
-                "a tier must be dram or file, its limit above 0, capacity and latency not below 0",
+                "a tier must be dram, file or, with a URL, remote, its limit above 0, capacity "
+                "and latency not below 0",
                 values=repr(self),
                 remedy="correct the value, or leave it out",
+            )
+
+    @property
+    def terms(self) -> str:
+        """What processes that share a store must agree on."""
+        below = f", then {self.demote_to}" if self.demote_to else ""
+        return f"{self.medium}, capacity {self.capacity_bytes}, {self.eviction}{below}"
+
+
+def check_tiers(configs: Sequence[TierConfig]) -> None:
+    """Refuse tiers that do not fit together.
+
+    Raises:
+        StoreError: none, a name that comes twice, or a demotion that is not from RAM to a file.
+    """
+    by_name = {config.name: config for config in configs}
+    if not configs or len(by_name) != len(configs):
+        raise StoreError(
+            "a store needs one tier or more, each with its own name",
+            values=f"{[config.name for config in configs]}",
+            remedy="name each tier once",
+        )
+    for config in configs:
+        below = by_name.get(config.demote_to or config.name)
+        moves = config.demote_to is not None
+        if below is None or (moves and (config.medium, below.medium) != ("dram", "file")):
+            raise StoreError(
+                "demote_to must name a file tier, and be set for dram tiers only",
+                values=f"tier '{config.name}' ({config.medium}) to {config.demote_to!r}",
+                remedy="name a file tier of this store, or leave it out",
             )
 
 
@@ -68,6 +108,10 @@ class StoreTier:
         self.limiter: RateLimiter | None = None
         if config.limit_bytes_per_s is not None:
             self.limiter = RateLimiter(config.limit_bytes_per_s, config.read_latency_s)
+        self.evictor = Evictor(config.eviction)
+        self.remote: RemoteMedium | None = None
+        if config.medium == "remote":
+            self.remote = open_remote(config.url)
         self.used_bytes = 0
         """Bytes kept and bytes promised to writers; the store changes it under its lock."""
         self._files = files
@@ -79,14 +123,19 @@ class StoreTier:
 
     @property
     def unbuffered(self) -> bool | None:
-        """For files: whether reads bypass the page cache. None for RAM."""
-        return None if self.is_dram else self._files.unbuffered
+        """For files: whether reads bypass the page cache. None for other media."""
+        return self._files.unbuffered if self.config.medium == "file" else None
 
     @property
     def overfull(self) -> bool:
-        """True when more is kept than the capacity, as after opening with a smaller one."""
+        """True when more is kept than the capacity, which must never be seen."""
         capacity = self.config.capacity_bytes
         return capacity is not None and self.used_bytes > capacity
+
+    def can_hold(self, n_bytes: int) -> bool:
+        """Whether `n_bytes` could be kept if the tier were empty."""
+        capacity = self.config.capacity_bytes
+        return capacity is None or n_bytes <= capacity
 
     def fits(self, n_bytes: int) -> bool:
         """Whether `n_bytes` more can be kept now.
@@ -154,6 +203,9 @@ class _Loan(weakref.ref):  # type: ignore[type-arg]
 class Source(Protocol):
     """An open chunk to read blobs from. `at_byte` counts from the first blob."""
 
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """(at_byte, n_bytes) of each `read_into` to come, in order; local media need no notice."""
+
     def read_into(self, out: memoryview, at_byte: int) -> int:
         """Fill `out`; returns the bytes there were, fewer at the end of the chunk."""
 
@@ -166,6 +218,9 @@ class RamSource:
 
     def __init__(self, blobs: np.ndarray) -> None:
         self._blobs = blobs
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Nothing is asked ahead."""
 
     def read_into(self, out: memoryview, at_byte: int) -> int:
         """Copy; the interpreter lock is free meanwhile."""
@@ -185,6 +240,9 @@ class FileSource:
         self._path = path
         self._blobs_at = blobs_at
         self._open()
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Nothing is asked ahead."""
 
     def _open(self) -> None:
         self._fd, self._direct = self._medium.open(self._path)

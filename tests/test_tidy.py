@@ -20,7 +20,7 @@ FLOORS: dict[str, set[str]] = {
     "kernels": {"core", "kernels"},
     "simulator": {"core", "simulator"},
     "runtime": {"core", "kernels", "runtime"},
-    "calibration": {"core", "simulator", "runtime", "calibration"},
+    "calibration": {"core", "kernels", "simulator", "runtime", "calibration"},
     "tuner": {"core", "kernels", "simulator", "runtime", "calibration", "tuner"},
     "cli": {"core", "kernels", "simulator", "runtime", "calibration", "tuner", "cli"},
 }
@@ -30,7 +30,9 @@ THIRD_PARTY: dict[str, set[str]] = {
     "core": {"pydantic", "numpy"},
     "kernels": {"torch", "triton", "numpy"},
     "simulator": {"simpy", "numpy"},
-    "runtime": {"torch", "transformers", "safetensors", "tokenizers", "xxhash", "numpy"},
+    "runtime": {
+        "torch", "transformers", "safetensors", "tokenizers", "xxhash", "numpy", "obstore",
+    },
     "calibration": {
         "numpy", "pandas", "scipy", "pydantic",
         "torch", "transformers", "safetensors", "tokenizers",

@@ -187,6 +187,57 @@ def test_llm_recomputes_and_ingests_again(loaded: Any, tmp_path: Path, damage: s
     assert healed == replace(good, ttft_ms=healed.ttft_ms)
 
 
+def swap(runner: Runner, one: int, two: int) -> None:
+    """Give each of two chunk files the other's name."""
+    a, b = (chunk_path(runner, PARTS[i], PLAN)[1] for i in (one, two))
+    a.rename(b.with_suffix(".x"))
+    b.rename(a)
+    b.with_suffix(".x").rename(b)
+
+
+def test_swapped_files_cost_two_recomputes(runner: Runner) -> None:
+    workload = prompt_workload([PARTS], n_output=6)
+    runner.prepare(workload, PLAN, "file")
+    index = runner.index(PLAN)
+    for part in (1, 2):
+        index.discard(chunk_path(runner, PARTS[part], PLAN)[0])
+    expected = runner.serve(workload, PLAN, index).token_ids[0]
+    index = runner.index(PLAN)
+    swap(runner, 1, 2)
+    result = runner.serve(workload, PLAN, index)
+    assert result.token_ids[0] == expected and result.n_reused_tokens[0] == 40
+    assert 1 <= result.n_fallbacks <= 2 and result.n_read_failures == 2
+
+
+@pytest.mark.parametrize("failing_read", [1, 2, 5, 9])
+def test_read_errors_in_the_middle_of_a_request_are_counted(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, failing_read: int
+) -> None:
+    """The disk gives up at the n-th read: that chunk is computed, the answer is right."""
+    workload = prompt_workload([PARTS], n_output=6)
+    runner.prepare(workload, PLAN, "file")
+    computed = runner.serve(workload, plan_with("full_recompute"), runner.index(PLAN)).token_ids
+    usual, calls = os.preadv, itertools.count(1)
+    failed: list[int] = []
+
+    def preadv(fd: int, buffers: Any, offset: int, *more: int) -> int:
+        number = next(calls)
+        if number == failing_read:
+            failed.append(number)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return usual(fd, buffers, offset, *more)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    result = runner.serve(workload, PLAN, runner.index(PLAN))
+    monkeypatch.undo()
+    assert failed == [failing_read]
+    assert (result.n_fallbacks, result.n_read_failures) == (1, 1)
+    assert len(runner.store.index(PLAN.selector)) == 2  # it left the store
+    again = runner.serve(workload, PLAN, runner.index(PLAN))
+    assert again.token_ids == result.token_ids and again.n_read_failures == 0
+    assert len(result.token_ids[0]) == len(computed[0]) == 6
+
+
 def test_a_fixed_schedule_does_not_fall_back(runner: Runner) -> None:
     """Its times would be those of ops that did nothing."""
     workload = prompt_workload([PARTS])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cachetune.core.errors import StoreError
+from cachetune.core.eviction import EvictionName
 from cachetune.core.layout import chunk_bytes
 from cachetune.runtime.chunk_store import ChunkStore, TierConfig
 from cachetune.runtime.rate_limit import RateLimiter
@@ -107,6 +108,47 @@ def test_an_index_of_a_small_tier_leaves_out_what_does_not_fit(tmp_path: Path) -
     with pytest.raises(StoreError, match="must be in the store"):
         store.entry(lost)
     assert len(store.index("rank")) == 4
+    store.close()
+
+
+def test_what_ram_evicts_goes_on_in_files(tmp_path: Path) -> None:
+    size = chunk_bytes(cases.make_model(), N)
+    tiers = (
+        TierConfig("dram", "dram", capacity_bytes=2 * size, demote_to="disk"),
+        TierConfig("disk", "file", capacity_bytes=3 * size),
+    )
+    store = cases.open_store(tmp_path, tiers=tiers)
+    chunk = cases.make_chunk(store.model, N)
+    keys = [cases.put(store, str(i), chunk, "dram") for i in range(7)]
+    assert {key: kept.tiers for key, kept in store._catalog.kept.items()} == {
+        key: {"disk"} if key in keys[2:5] else {"dram"} for key in keys[2:]
+    }  # fmt: skip
+    assert all(cases.holds(store, key, chunk) for key in keys[2:])
+    assert [store.tiers[t].used_bytes for t in ("dram", "disk")] == [2 * size, 3 * size]
+    assert len(list((tmp_path / "chunks").iterdir())) == 5 and store.room.demotions == 5
+    assert store._index.claims() == [] and not store._catalog.claimed
+    store.close()
+    for bad in (TierConfig("a", "dram", demote_to="b"), TierConfig("a", "file", demote_to="a")):
+        with pytest.raises(StoreError, match="demote_to must name"):
+            cases.open_store(tmp_path / "bad", tiers=(bad,))
+
+
+@pytest.mark.parametrize(("eviction", "left"), [("lru", "bcd"), ("lfu", "acd"), ("cost", "abd")])
+def test_the_store_evicts_by_the_core_s_policies(
+    tmp_path: Path, eviction: EvictionName, left: str
+) -> None:
+    """a is used often but long ago; c saves least per byte, as most of it is filling."""
+    model = cases.make_model()
+    size = chunk_bytes(model, 32)
+    tiers = (TierConfig("disk", "file", capacity_bytes=3 * size, eviction=eviction),)
+    store = cases.open_store(tmp_path, tiers=tiers)
+    lengths = {"a": 32, "b": 32, "c": 1, "d": 32}
+    assert {chunk_bytes(model, n) for n in lengths.values()} == {size}
+    keys = {c: cases.put(store, c, cases.make_chunk(model, lengths[c])) for c in "abc"}
+    for c in "aaaaabcc":
+        cases.read_all(store, keys[c])
+    cases.put(store, "d", cases.make_chunk(model, 32))
+    assert {kept.entry.content_id for kept in store._catalog.kept.values()} == set(left)
     store.close()
 
 

@@ -1,0 +1,320 @@
+"""Readers of end-to-end bundles: what one real vLLM engine did with a few hundred requests.
+
+A bundle is a folder with `requests.jsonl` and `meta.json`, as the bench of LLMServingSim writes it
+(casys-kaist/LLMServingSim, MIT). TTFT runs from `queued_ts`, when the
+engine took the request from its inbox: `arrival_time` is of another clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import ProfileError, WorkloadError
+from ..core.record import parse_json
+from ..simulator.operator_tables import load_step_profile
+from ..simulator.step_loop import Arrival, EngineLimits
+from ..simulator.step_profile import StepProfile
+
+Floats = NDArray[np.float64]
+
+SHAPES = {
+    "meta-llama/Llama-3.1-8B": (32, 4096),
+    "meta-llama/Llama-3.1-70B": (80, 8192),
+    "Qwen/Qwen3-8B": (36, 4096),
+    "Qwen/Qwen3-14B": (40, 5120),
+    "Qwen/Qwen3-32B": (64, 5120),
+}
+"""Layers and hidden size by model name: the published configurations; bundles hold neither."""
+
+DEFAULT_BLOCK_SIZE = 16
+MAX_CAPTURE = 512
+TIMES = ("queued_ts", "first_token_ts", "last_token_ts")
+DATA = Path(__file__).parent / "bundle_data"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One real run. Times are seconds from the first arrival, one element per request."""
+
+    name: str
+    gpu: str
+    model: str
+    engine: str
+    tp: int
+    limits: EngineLimits
+    arrivals: tuple[Arrival, ...]
+    queued_s: Floats
+    first_token_s: Floats
+    last_token_s: Floats
+    link_bytes_per_s: float
+    link_latency_s: float
+    assumed: tuple[str, ...]
+
+    @property
+    def n_output(self) -> Floats:
+        """Output tokens of each request."""
+        return np.array([a.n_output for a in self.arrivals], dtype=float)
+
+
+def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bundle:
+    """The bundle in `folder`, or in its `vllm` folder.
+
+    `workloads` is a folder of the prompts that were sent: prefixes that prompts share are read from
+    the file whose SHA-256 the bundle names, since vLLM serves them from its prefix cache.
+
+    Raises:
+        WorkloadError: a file is missing or malformed (which line and field), or the run used
+            several engines, which one queue cannot stand for.
+    """
+    folder = Path(folder)
+    home = folder / "vllm" if (folder / "vllm").is_dir() else folder
+    root = home.parent if home.name == "vllm" else home
+    meta = _object(home / "meta.json")
+    kwargs = meta.get("engine_kwargs", {})
+    if int(kwargs.get("data_parallel_size") or 1) > 1:
+        raise WorkloadError(
+            "a bundle must be of one engine",
+            values=f"{home}: data_parallel_size={kwargs['data_parallel_size']}",
+            remedy="choose a bundle without data parallelism",
+        )
+    rows = _requests(home / "requests.jsonl")
+    assumed: list[str] = []
+    wanted = str(meta.get("dataset_hash", ""))
+    names = _contents(wanted, [int(r["input_toks"]) for r in rows])
+    if workloads is not None and (found := _workload(Path(workloads), wanted)) is not None:
+        names = _block_names(found, len(rows))
+    if names is None:
+        assumed.append("no two prompts share a prefix")
+        names = [()] * len(rows)
+    column = {k: np.array([float(r[k]) for r in rows]) for k in ("arrival_time", *TIMES)}
+    # The two clocks are aligned where the inbox was emptied soonest.
+    offset = float(np.min(column["queued_ts"] - column["arrival_time"]))
+    arrival = column["arrival_time"] + offset
+    start = float(arrival.min())
+    link = _link(root / "config.json")
+    tp = int(kwargs.get("tensor_parallel_size") or 1)
+    if tp > 1:
+        assumed.append(f"all-reduce over a link of {link[0] / 1e9:g} GB/s, {link[1] * 1e6:g} us")
+    return Bundle(
+        name="/".join(root.parts[-2:]),
+        gpu=root.parts[-2] if len(root.parts) > 1 else "",
+        model=str(meta.get("model", kwargs.get("model", ""))),
+        engine=f"vllm {meta.get('vllm_version', '?')}",
+        tp=tp,
+        limits=_limits(home, kwargs, meta, assumed),
+        arrivals=tuple(
+            Arrival(float(t - start), int(r["input_toks"]), int(r["output_toks"]), content)
+            for t, r, content in zip(arrival, rows, names, strict=True)
+        ),
+        queued_s=column["queued_ts"] - start,
+        first_token_s=column["first_token_ts"] - start,
+        last_token_s=column["last_token_ts"] - start,
+        link_bytes_per_s=link[0],
+        link_latency_s=link[1],
+        assumed=tuple(assumed),
+    )
+
+
+def profile_of(bundle: Bundle, profiles: str | Path) -> StepProfile:
+    """The step profile of a bundle's GPU, model and tensor-parallel degree.
+
+    `profiles` is the tree `<gpu>/<model>/<variant>/tpN`, or one `tpN` folder itself.
+
+    Raises:
+        ProfileError: no such folder, or a model whose number of layers is not known.
+    """
+    if bundle.model not in SHAPES:
+        raise ProfileError(
+            "the model's shape must be known",
+            values=bundle.model,
+            remedy=f"known: {', '.join(SHAPES)}",
+        )
+    n_layers, hidden = SHAPES[bundle.model]
+    root = Path(profiles)
+    if (root / "attention.csv").exists():
+        folder = root
+    else:
+        wanted = root / bundle.gpu / bundle.model
+        found = sorted(wanted.glob(f"*/tp{bundle.tp}/attention.csv"))
+        if not found:
+            raise ProfileError(
+                "the profiles must hold the bundle's GPU, model and tensor-parallel degree",
+                values=f"no {wanted}/*/tp{bundle.tp}",
+                remedy="give the folder that holds the GPUs' folders, or the tpN folder",
+            )
+        folder = next((f.parent for f in found if f.parts[-3] == "bf16"), found[0].parent)
+    profile = load_step_profile(folder, n_layers)
+    if not skew_enabled(folder):
+        profile.skew = {}
+    profile.capture_sizes = capture_sizes(bundle.limits.max_num_seqs)
+    if bundle.tp > 1:  # a ring, after attention and after the MLP
+        share = 2 * (bundle.tp - 1) / bundle.tp
+        profile.all_reduce_fixed_us = 2 * bundle.link_latency_s * 1e6
+        profile.all_reduce_us_per_token = 2 * share * 2 * hidden / bundle.link_bytes_per_s * 1e6
+    return profile
+
+
+def capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Token counts vLLM captures CUDA graphs for, and pads small steps to, by default."""
+    top = min(2 * max_num_seqs, MAX_CAPTURE)
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, MAX_CAPTURE + 1, 16)]
+    return tuple(s for s in sizes if s <= top)
+
+
+def _limits(
+    home: Path, kwargs: dict[str, Any], meta: dict[str, Any], assumed: list[str]
+) -> EngineLimits:
+    for key in ("max_num_seqs", "max_num_batched_tokens"):
+        if not isinstance(kwargs.get(key), int) or kwargs[key] <= 0:
+            raise WorkloadError(
+                f"{home / 'meta.json'} engine_kwargs.{key} must be a positive integer",
+                values=repr(kwargs.get(key)),
+                remedy="take the value the engine ran with",
+            )
+    cache_facts = meta.get("kv_cache") or {}
+    blocks = cache_facts.get("num_gpu_blocks")
+    if blocks is None:
+        assumed.append("KV memory never runs out")
+    scheduler = (meta.get("resolved_config") or {}).get("scheduler_config") or {}
+    return EngineLimits(
+        max_num_seqs=kwargs["max_num_seqs"],
+        max_num_batched_tokens=kwargs["max_num_batched_tokens"],
+        n_blocks=None if blocks is None else int(blocks) - 1,  # one block is vLLM's null block
+        block_size=int(cache_facts.get("block_size") or DEFAULT_BLOCK_SIZE),
+        prefix_caching=bool(cache_facts.get("enable_prefix_caching", True)),
+        async_scheduling=bool(scheduler.get("async_scheduling", True)),
+    )
+
+
+def _requests(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as e:
+            raise WorkloadError(
+                f"{path} line {number} must be JSON", values=str(e), remedy="it may be cut short"
+            ) from None
+        for key in ("input_toks", "output_toks", "arrival_time", *TIMES):
+            value = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(value, int | float) or (key.endswith("_toks") and value < 1):
+                raise WorkloadError(
+                    f"{path} line {number}: {key} must be a number"
+                    + (" of at least 1" if key.endswith("_toks") else ""),
+                    values=repr(value),
+                    remedy="leave out requests that did not finish",
+                )
+        if not row["queued_ts"] <= row["first_token_ts"] <= row["last_token_ts"]:
+            raise WorkloadError(
+                f"{path} line {number}: time must not run backwards",
+                values=", ".join(f"{k}={row[k]}" for k in TIMES),
+                remedy="correct the line",
+            )
+        rows.append(row)
+    if not rows:
+        raise WorkloadError(f"{path} must hold requests", values="none", remedy="run the bench")
+    return rows
+
+
+def _contents(dataset_hash: str, n_prompt: list[int]) -> list[tuple[int, ...]] | None:
+    """Names of the whole blocks of each prompt; None if the data set is not known."""
+    shared = _shared().get(dataset_hash)
+    if shared is None:
+        return None
+    earlier = {r: (source, n) for r, source, n in shared}
+    names: list[tuple[int, ...]] = []
+    fresh = 0
+    for i, tokens in enumerate(n_prompt):
+        source, n = earlier.get(i, (0, 0))
+        kept = names[source][:n] if n else ()
+        own = tokens // DEFAULT_BLOCK_SIZE - len(kept)
+        names.append((*kept, *range(fresh, fresh + own)))
+        fresh += own
+    return names
+
+
+def _workload(folder: Path, sha256: str) -> Path | None:
+    for path in sorted(folder.glob("*.jsonl")):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return path
+    return None
+
+
+def _block_names(path: Path, n_requests: int) -> list[tuple[int, ...]]:
+    """Names of the whole blocks of each prompt in `path`: equal prefixes get equal names."""
+    known: dict[tuple[int, tuple[int, ...]], int] = {}
+    names: list[tuple[int, ...]] = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        try:
+            tokens = tuple(parse_json(line)["input_tok_ids"])
+        except (ValueError, KeyError, TypeError):
+            raise WorkloadError(
+                f"{path} line {number} must hold input_tok_ids",
+                remedy="give the file as it was sent",
+            ) from None
+        chain: list[int] = []
+        for i in range(0, len(tokens) - DEFAULT_BLOCK_SIZE + 1, DEFAULT_BLOCK_SIZE):
+            key = (chain[-1] if chain else -1, tokens[i : i + DEFAULT_BLOCK_SIZE])
+            chain.append(known.setdefault(key, len(known)))
+        names.append(tuple(chain))
+    if len(names) < n_requests:
+        raise WorkloadError(
+            f"{path} must hold every request of the bundle",
+            values=f"{len(names)} of {n_requests}",
+            remedy="give the whole file",
+        )
+    return names[:n_requests]
+
+
+@cache
+def _shared() -> dict[str, list[list[int]]]:
+    return dict(json.loads((DATA / "shared_prefixes.json").read_text(encoding="utf-8")))
+
+
+def _link(path: Path) -> tuple[float, float]:
+    """(bytes/s, latency s) of the link between GPUs from the bundle's `config.json`; 64 GB/s, 0."""
+    if not path.exists():
+        return 64e9, 0.0
+    data = _object(path)
+    return float(data.get("link_bw", 64)) * 1e9, float(data.get("link_latency", 0)) * 1e-9
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        data = parse_json(_text(path))
+    except ValueError as e:
+        raise WorkloadError(f"{path} must be JSON", values=str(e), remedy="copy it again") from None
+    if not isinstance(data, dict):
+        raise WorkloadError(f"{path} must hold an object", values=type(data).__name__)
+    return data
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise WorkloadError(
+            "a bundle must hold requests.jsonl and meta.json",
+            values=f"{path}: {e.strerror}",
+            remedy="give the folder that holds them",
+        ) from None
+
+
+def skew_enabled(folder: Path) -> bool:
+    """Whether the profile's `meta.yaml` lets its sweep of mixed contexts be used; default True."""
+    meta = folder.parent / "meta.yaml"
+    if not meta.exists():
+        return True
+    said = re.search(r"^skew_fit:\s*\n\s+enabled:\s*(\w+)", _text(meta), re.MULTILINE)
+    return said is None or said.group(1).lower() != "false"

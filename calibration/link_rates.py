@@ -1,0 +1,56 @@
+"""Pinned memory to the GPU in pieces: by the copy engine, by the GPU's processors, by choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ..core.units import KIB, MIB
+
+if TYPE_CHECKING:
+    from ..kernels.stopwatch import Spread
+
+PIECE_BYTES = (8 * KIB, 16 * KIB, 24 * KIB, 64 * KIB, 256 * KIB, 2 * MIB, 16 * MIB)
+LARGE_BYTES = 2 * MIB
+SMALL_BYTES = 24 * KIB
+TOTAL_BYTES = 256 * MIB
+LARGE_GOALS = (0.9, 0.96)
+SMALL_GOALS = (0.7, 0.85)
+
+Path = Literal["kernel", "copy", "auto"]
+PATHS: tuple[Path, ...] = ("copy", "kernel", "auto")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """One piece size by one path; `took` is for all pieces together."""
+
+    piece_bytes: int
+    n_pieces: int
+    path: Path
+    took: Spread
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.piece_bytes * self.n_pieces / self.took.median
+
+
+def host_to_device(total_bytes: int = TOTAL_BYTES) -> list[Pieces]:
+    """Scattered pieces of pinned memory, every size by every path."""
+    import torch
+
+    from ..kernels.gather_host import gather_host
+    from ..kernels.stopwatch import seconds_of
+
+    source = torch.randint(0, 255, (2 * total_bytes,), dtype=torch.uint8).pin_memory()
+    out = torch.zeros(total_bytes, dtype=torch.uint8, device="cuda")
+    found = []
+    for size in PIECE_BYTES:
+        table, target = source.view(-1, size), out.view(-1, size)
+        # Every second piece: neighbours would be one copy for the engine.
+        rows = 2 * torch.randperm(len(target))
+        for path in PATHS:
+            took = seconds_of([lambda p=path, r=rows: gather_host(table, r, target, p)], "cuda")  # noqa: B023
+            found.append(Pieces(size, len(target), path, took))
+    return found

@@ -1,0 +1,44 @@
+"""`cachetune bench gpu`: all that a GPU is measured by, in steps that go on where they stopped."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+_Step = Annotated[str, typer.Option(help="Steps to run, by comma, also by their beginning; all.")]
+_Fresh = Annotated[bool, typer.Option("--fresh", help="Run again what has been done.")]
+_List = Annotated[bool, typer.Option("--list", help="Only list the steps.")]
+
+
+def command(step: _Step = "", fresh: _Fresh = False, only_list: _List = False) -> None:
+    """Correctness, limits, benchmarks and the whole loop on the GPU; a dry run without one."""
+    from .bench_machine import pick_device, results_folder
+    from .console import note, print_json_line, print_table, warn
+    from .gpu_suite import DRY_RUN, FIRST, STAMPS, Stamps, chosen, run_step, steps
+
+    device = pick_device("auto")
+    folder = results_folder(device) if device == "cuda" else DRY_RUN
+    if device != "cuda":
+        warn(f"no CUDA device: tiny shapes on the CPU, to {folder}; no figure of this is a result")
+    wanted = chosen(steps(device, folder), step)
+    stamps = Stamps(STAMPS / folder.name)
+    rows: list[dict[str, Any]] = []
+    for i, one in enumerate(wanted):
+        done = stamps.read(one)
+        if only_list or (done is not None and not fresh):
+            status = "done before" if done is not None else "to do"
+            seconds = done["seconds"] if done is not None else None
+            rows.append({"step": one.name, "status": status, "seconds": seconds})
+            continue
+        note(f"step {i + 1} of {len(wanted)}, {one.name}: python -m {' '.join(one.argv)}")
+        rows.append(stamps.write(one, *run_step(one, stamps.log(one))))
+        if one.name == FIRST and rows[-1]["status"] != "ok":
+            note("wrong results are not timed: the other steps are left out")
+            break
+    print_table(rows, ("step", "status", "seconds"), f"steps on {device}, results in {folder}")
+    failed = [r["step"] for r in rows if r["status"] not in ("ok", "done before", "to do")]
+    result = {"command": "bench gpu", "device": device, "folder": str(folder), "failed": failed}
+    print_json_line(result)
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,225 @@
+"""The steps of `make gpu`: correctness, limits, benchmarks, then calibrate, tune, run, check.
+
+Each is a command of its own with a limit of nine minutes; what was done is stamped, so a stopped
+suite goes on where it was. Without a GPU the same steps run on tiny shapes, to be seen to run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LIMIT_S = 540
+FIRST = "correctness"
+STAMPS = Path("build/gpu")
+DRY_RUN = Path("build/gpu-dry-run")
+"""Results of tiny shapes are none, so they never get into `results/`."""
+MODEL = "llama-3.1-8b"
+TINY = "llama-tiny"
+OTHER_MODELS = ("mistral-7b", "qwen2.5-32b")
+PROMPTS = {"8k": 16, "16k": 32, "32k": 64}
+"""Chunks of 512 tokens."""
+LOOP_TIERS = "rho0.1,rho0.7,rho4,rho25"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command: what comes after `python -m`."""
+
+    name: str
+    argv: tuple[str, ...]
+
+
+def steps(device: str, folder: Path) -> list[Step]:
+    """All steps for that device, results in `folder`; full-size on a GPU, tiny elsewhere."""
+    found = [Step(FIRST, ("pytest", "-m", "gpu", "-q", "tests"))]
+    found += [_bench(name, folder, *args) for name, args in _kernels(device).items()]
+    found.append(_bench("io", folder, *_io(device, folder)))
+    found += [_bench(name, folder, *args) for name, args in _ttft(device).items()]
+    found += [_bench(name, folder, *args) for name, args in _throughput(device).items()]
+    return [*found, *_loop(device, folder)]
+
+
+def _bench(name: str, folder: Path, *args: str) -> Step:
+    kind = name.split("-")[0]
+    out = folder / f"{name}.json"
+    return Step(name, ("cachetune", "bench", kind, *args, "--out", str(out)))
+
+
+def _kernels(device: str) -> dict[str, list[str]]:
+    groups = {
+        "kernels-attention": "sparse_attention",
+        "kernels-restore": "restore,deviation,gather_host",
+        "kernels-pack": "pack",
+        "kernels-decode": "decode_quantised",
+    }
+    small = [] if device == "cuda" else ["--smaller-by", "128", "--repeats", "3"]
+    return {
+        name: ["--device", device, "--only", only, "--peers", "first", *small]
+        for name, only in groups.items()
+    }
+
+
+def _io(device: str, folder: Path) -> list[str]:
+    place = ["--device", device, "--folder", str(STAMPS / "io")]
+    if device == "cuda":
+        return [*place, "--size-mib", "2048"]
+    return [*place, "--size-mib", "32", "--workers", "1,4", "--rounds", "2", "--seconds", "0.1"]
+
+
+def _ttft(device: str) -> dict[str, list[str]]:
+    """Per prompt length: DRAM, then files; slower tiers at 8k; the other models at 8k."""
+    if device != "cuda":
+        small = ["--device", device, "--model", TINY, "--chunks", "4", "--chunk-tokens", "64"]
+        return {"ttft-tiny": [*small, "--repeats", "1", "--rhos", "0.7"]}
+    found: dict[str, list[str]] = {}
+    for length, chunks in PROMPTS.items():
+        repeats = "20" if length == "8k" else "10"
+        base = ["--device", "cuda", "--model", MODEL, "--chunks", str(chunks)]
+        for tier in ("dram", "file"):
+            more = ["--tiers", tier, "--rhos", "", "--repeats", repeats]
+            found[f"ttft-8b-{length}-{tier}"] = [*base, *more]
+    eight = ["--device", "cuda", "--chunks", str(PROMPTS["8k"])]
+    found["ttft-8b-8k-cached"] = [
+        *eight, "--model", MODEL, "--tiers", "file-cached", "--rhos", "", "--repeats", "10",
+    ]  # fmt: skip
+    found["ttft-8b-8k-slower"] = [*eight, "--model", MODEL, "--tiers", "", "--repeats", "10"]
+    for model in OTHER_MODELS:
+        more = ["--tiers", "dram", "--rhos", "", "--repeats", "10"]
+        found[f"ttft-{model}-8k"] = [*eight, "--model", model, *more]
+    return found
+
+
+def _throughput(device: str) -> dict[str, list[str]]:
+    if device != "cuda":
+        small = ["--model", TINY, "--chunks", "4", "--chunk-tokens", "64", "--repeats", "1"]
+        return {"throughput-tiny": ["--device", device, *small]}
+    base = ["--device", "cuda", "--model", MODEL, "--chunks", str(PROMPTS["8k"])]
+    load = ["--chunk-tokens", "512", "--requests", "16", "--contents", "24"]
+    return {"throughput-8b-8k": [*base, *load, "--output-tokens", "8"]}
+
+
+def _loop(device: str, folder: Path) -> list[Step]:
+    """Calibrate, tune and run beside a grid of fixed plans, predict held-out schedules."""
+    cuda = device == "cuda"
+    model = MODEL if cuda else TINY
+    on = ["--device", "cuda", "--dtype", "bfloat16"] if cuda else []
+    profile = str(folder / "profile.json")
+    tokens = "8192" if cuda else "128"
+    calibrate = ["cachetune", "calibrate", "--model", model, *on, "--max-tokens", tokens]
+    repeats = [] if cuda else ["--repeats", "1"]
+    chunk = "512" if cuda else "32"
+    tiers = LOOP_TIERS if cuda else "rho0.7"
+    trials = "150" if cuda else "20"
+    grid = ["cachetune", "bench", "grid", "--model", model, *on[:2], "--profile", profile]
+    grid += ["--tiers", tiers, "--chunk-tokens", chunk, "--trials", trials]
+    check = ["--profile", profile, "--check", "--check-out", str(folder / "fidelity")]
+    return [
+        Step("loop-calibrate", (*calibrate, *repeats, "--out", profile)),
+        Step("loop-grid", (*grid, "--out", str(folder / "grid"))),
+        Step("loop-fidelity", (*calibrate, *check, "--seed", "11")),
+    ]
+
+
+@dataclass(frozen=True)
+class Stamps:
+    """What has been done, kept by step; a step counts if its command is still the same."""
+
+    folder: Path
+
+    def read(self, step: Step) -> dict[str, Any] | None:
+        """The stamp of a step that ended well."""
+        path = self.folder / f"{step.name}.json"
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found if found["argv"] == list(step.argv) and found["status"] == "ok" else None
+
+    def write(self, step: Step, status: str, seconds: float) -> dict[str, Any]:
+        """Stamp a step."""
+        from ..core.record import write_atomic
+
+        stamp = {"step": step.name, "status": status, "seconds": round(seconds, 1)}
+        data = {**stamp, "argv": list(step.argv)}
+        path = self.folder / f"{step.name}.json"
+        write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+        return stamp
+
+    def log(self, step: Step) -> Path:
+        """Where a step's output goes."""
+        return self.folder / f"{step.name}.log"
+
+
+def run_step(step: Step, log: Path, limit_s: float = LIMIT_S) -> tuple[str, float]:
+    """Run a step, its output on stderr and in `log`; returns how it ended and how long it took.
+
+    A step that exceeds the limit is ended together with all that it started.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    late = threading.Event()
+    with log.open("wb") as kept:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *step.argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            start_new_session=True,
+        )
+
+        def end() -> None:
+            late.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(limit_s, end)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                kept.write(line)
+                sys.stderr.write(line.decode(errors="replace"))
+            status = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            timer.cancel()
+    took = time.monotonic() - began
+    if late.is_set():
+        return f"over {limit_s:.0f} s", took
+    return ("ok" if status == 0 else f"exit {status}"), took
+
+
+def _environment() -> dict[str, str]:
+    """The caller's, with this very package found first."""
+    package = Path(__file__).absolute().parent.parent.parent
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def chosen(all_steps: Sequence[Step], names: str) -> list[Step]:
+    """Steps by name or by the beginning of it, by comma; all for an empty text.
+
+    Raises:
+        CacheTuneError: nothing begins with a name.
+    """
+    from ..core.errors import CacheTuneError
+
+    wanted = [n.strip() for n in names.split(",") if n.strip()]
+    for name in wanted:
+        if not any(step.name.startswith(name) for step in all_steps):
+            raise CacheTuneError(
+                "--step must name steps of the suite",
+                values=name,
+                remedy=f"choose from {', '.join(s.name for s in all_steps)}",
+            )
+    return [s for s in all_steps if not wanted or any(s.name.startswith(n) for n in wanted)]

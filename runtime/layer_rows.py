@@ -1,0 +1,75 @@
+"""`LayerRows`: what a read of a chunk hands out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.errors import StoreError
+from ..core.layout import GROUP_TOKENS
+from ..core.units import ceil_div
+from .chunk_file import Geometry
+
+
+class LayerRows:
+    """Verified rows of some layers of one chunk, in a staging buffer that it keeps alive.
+
+    The buffer goes back to its pool when the last view of it is gone. `n_bytes` and `n_requests`
+    say what was read.
+    """
+
+    __slots__ = (
+        "_at_byte", "_elements", "_shape", "layer_start", "n_bytes", "n_requests", "n_rows", "tier",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        shape: Geometry,
+        staging: np.ndarray,
+        layer_start: int,
+        n_rows: tuple[int, ...],
+        at_byte: list[int],
+    ) -> None:
+        self._shape = shape
+        self._elements = torch.from_numpy(staging).view(shape.dtype)
+        self._at_byte = at_byte
+        self.layer_start = layer_start
+        self.n_rows = n_rows
+        self.n_bytes = 0
+        self.n_requests = 0
+        self.tier = ""
+
+    def groups(self, layer: int) -> Tensor:
+        """View [G, 2, 32, HK, D] of the groups read of `layer`, K then V, nothing copied.
+
+        Rows from `n_rows` on are other tokens of the last group, or its filling.
+        """
+        i = self._position(layer)
+        return self._shape.groups(
+            self._elements, self._at_byte[i], ceil_div(self.n_rows[i], GROUP_TOKENS)
+        )
+
+    def k(self, layer: int) -> Tensor:
+        """Keys before RoPE, [n_rows, HK, D]: row i is token `order[i]`. Do not write to it."""
+        return self._half(layer, 0)
+
+    def v(self, layer: int) -> Tensor:
+        """Values, [n_rows, HK, D]. Do not write to it."""
+        return self._half(layer, 1)
+
+    def _half(self, layer: int, half: int) -> Tensor:
+        # One group is a view; several lie apart (V and checksum between), so they are joined.
+        n_rows = self.n_rows[self._position(layer)]
+        return self.groups(layer)[:, half].flatten(0, 1)[:n_rows]
+
+    def _position(self, layer: int) -> int:
+        i = layer - self.layer_start
+        if not 0 <= i < len(self.n_rows):
+            stop = self.layer_start + len(self.n_rows)
+            raise StoreError(
+                "the layer must be one that was read",
+                values=f"layer {layer}, read {self.layer_start}..{stop - 1}",
+                remedy="read it first",
+            )
+        return i

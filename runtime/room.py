@@ -1,0 +1,153 @@
+"""Who makes room in a tier: bytes are promised before they are written, over all processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..core.errors import CapacityError
+from .catalog import POLL_S, Catalog, Kept
+from .tiers import StoreTier
+
+log = logging.getLogger(__name__)
+
+ROOM_WAIT_S = 10.0
+
+Doomed = list[tuple[StoreTier, Kept]]
+"""Chunks that have left a tier whose medium still holds their bytes."""
+
+
+class Room:
+    """Takes bytes of tiers, evicting by each tier's policy. Never more than the capacity."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.evictions = 0
+        self.demotions = 0
+        """Evictions after which a lower tier still has the chunk."""
+        self.remove_failures = 0
+        """Bytes that could not be removed, as from a remote tier that does not answer."""
+        self._catalog = catalog
+
+    @contextmanager
+    def take(self, key: str, tier: StoreTier, n_bytes: int) -> Iterator[None]:
+        """Have `n_bytes` of a tier for a claimed chunk; given back if the body fails.
+
+        Raises:
+            CapacityError: larger than the tier, or others hold it all for too long.
+        """
+        catalog = self._catalog
+        deadline_s = time.monotonic() + ROOM_WAIT_S
+        while not self._take(key, tier, n_bytes):
+            # What is left may be claimed by others, who will soon be done.
+            if time.monotonic() > deadline_s:
+                raise CapacityError(
+                    f"tier '{tier.name}' must have room for a chunk",
+                    values=f"{n_bytes} bytes, {tier.used_bytes} in use by other writers",
+                    remedy="raise capacity_bytes, or use fewer writers",
+                )
+            with catalog.changed:
+                catalog.changed.wait(POLL_S)
+        try:
+            yield
+        except BaseException:
+            with catalog.changed:
+                if not catalog.closed:
+                    with catalog.shared():
+                        tier.used_bytes -= n_bytes
+                        catalog.promise(key, "", 0)
+                catalog.changed.notify_all()
+            raise
+
+    def shrink(self, tiers: Iterable[StoreTier]) -> int:
+        """Evict what is beyond the capacities, as after opening with smaller ones; how many."""
+        for tier in tiers:
+            before = -1
+            while not self._take("", tier, 0) and self.evictions > before:
+                before = self.evictions
+        return self.evictions
+
+    def remove_bytes(self, tier: StoreTier, key: str, path: Path) -> None:
+        """Remove what a medium holds of a claimed chunk; trouble is counted, not raised."""
+        try:
+            if tier.remote is None:
+                path.unlink(missing_ok=True)
+            else:
+                tier.remote.remove(key)
+        except OSError as e:
+            self.remove_failures += 1
+            log.warning("chunk %s could not be removed from tier '%s': %s", key, tier.name, e)
+
+    def _take(self, key: str, tier: StoreTier, n_bytes: int) -> bool:
+        """Evict as needed and take the bytes; False when there are not enough yet."""
+        catalog = self._catalog
+        doomed: Doomed = []
+        try:
+            with catalog.changed, catalog.shared():
+                self._evict_for(tier, n_bytes, doomed)
+                taken = tier.fits(n_bytes)
+                if taken and n_bytes:
+                    tier.used_bytes += n_bytes
+                    catalog.promise(key, tier.name, n_bytes)
+        except BaseException:  # nothing was changed
+            catalog.claimed.difference_update(kept.entry.key for _, kept in doomed)
+            raise
+        self.remove(doomed)
+        return taken
+
+    def _evict_for(self, tier: StoreTier, n_bytes: int, doomed: Doomed) -> None:
+        """Evict until the bytes fit once those of `doomed`, which it fills, are removed."""
+        catalog = self._catalog
+        freed = 0
+        busy: set[str] | None = None
+        while not tier.fits(n_bytes - freed):
+            if busy is None:
+                busy = catalog.busy()
+                continue  # a dead process may have held it all
+            victim = self._victim(tier, busy)
+            if victim is None or not self._demoted(victim, tier, doomed):
+                break
+            self.evictions += 1
+            if catalog.leave(victim, tier, evicted=True):
+                freed += victim.entry.n_bytes
+                busy.add(victim.entry.key)
+                doomed.append((tier, victim))
+
+    def _demoted(self, victim: Kept, tier: StoreTier, doomed: Doomed) -> bool:
+        """Have the victim counted in the tier below, if there is one; False: once more later."""
+        below = self._catalog.below(tier)
+        size = victim.entry.n_bytes
+        if below is None or below.name in victim.tiers or not below.can_hold(size):
+            return True
+        before = len(doomed)
+        self._evict_for(below, size, doomed)
+        if below.fits(size):
+            self._catalog.add_place(victim, below)
+            self.demotions += 1
+            return True
+        return len(doomed) == before  # nothing can leave the tier below: then it is lost
+
+    def _victim(self, tier: StoreTier, busy: set[str]) -> Kept | None:
+        kept = self._catalog.kept
+        free = (key for key, c in kept.items() if tier.name in c.tiers and key not in busy)
+        key = tier.evictor.victim(free)
+        return None if key is None else kept[key]
+
+    def remove(self, doomed: Doomed, *, claimed: bool = False) -> None:
+        """Remove the bytes of chunks that have left; what was promised for them is free then."""
+        if not doomed:
+            return
+        for tier, kept in doomed:
+            self.remove_bytes(tier, kept.entry.key, kept.path)
+        catalog = self._catalog
+        with catalog.changed:
+            with catalog.shared():
+                for tier, kept in doomed:
+                    tier.used_bytes -= kept.entry.n_bytes
+                    if claimed:
+                        catalog.promise(kept.entry.key, "", 0)
+                    else:
+                        catalog.release(kept.entry.key)
+            catalog.changed.notify_all()

@@ -1,0 +1,129 @@
+"""End-to-end validation: readers, the leave-one-out fit, the silicon model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cachetune.calibration.bundles import capture_sizes, read_bundle
+from cachetune.calibration.end_to_end import compare, fit_overhead_s, measured, predicted
+from cachetune.calibration.silicon import Point, blended_ttft_s, predict
+from cachetune.core.errors import WorkloadError
+from cachetune.simulator.step_profile import Curve, StepProfile
+
+
+def small_profile(overhead_s: float = 0.0) -> StepProfile:
+    grid = ((0, 16, 2048), (0, 4096), (0, 1, 64), (0, 16, 4096))
+    shape = [len(axis) for axis in grid]
+    us = np.zeros(shape)
+    for i in np.ndindex(*shape):
+        q, c, n, kv = (axis[j] for axis, j in zip(grid, i, strict=True))
+        us[i] = 5 + 0.02 * q + 1e-5 * q * c + 0.001 * n * kv if q or n else 0.0
+    flat = Curve((1, 2048), (1.0, 1.0))
+    return StepProfile(
+        n_layers=4,
+        dense_us=Curve((1, 2048), (100.0, 2000.0)),
+        once_us=flat,
+        head_us=flat,
+        grid=grid,
+        us=us,
+        overhead_s=overhead_s,
+    )
+
+
+def write_bundle(folder: Path, overhead_s: float) -> Path:
+    """A bundle whose engine is the step loop itself, with a known overhead."""
+    folder.mkdir(parents=True)
+    kwargs = {"max_num_seqs": 8, "max_num_batched_tokens": 256}
+    meta = {"model": "m", "vllm_version": "0.19.0", "engine_kwargs": kwargs}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    rows = [
+        {
+            "input_toks": 40 + 17 * i,
+            "output_toks": 20 + 3 * i,
+            "arrival_time": 0.004 * i,
+            "queued_ts": 0.004 * i,
+            "first_token_ts": 1.0 + i,
+            "last_token_ts": 2.0 + i,
+        }
+        for i in range(20)
+    ]
+    path = folder / "requests.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    run = predicted(read_bundle(folder), small_profile(), overhead_s)
+    for i, row in enumerate(rows):
+        row["first_token_ts"] = row["queued_ts"] + float(run.ttft[i])
+        row["last_token_ts"] = row["queued_ts"] + float(run.e2e[i])
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    return folder
+
+
+def test_overhead_is_found_again(tmp_path: Path) -> None:
+    bundle = read_bundle(write_bundle(tmp_path / "gpu" / "m", overhead_s=0.003))
+    found = fit_overhead_s(bundle, small_profile())
+    assert found == pytest.approx(0.003, rel=0.02)
+    rows = compare(measured(bundle), predicted(bundle, small_profile(), found))
+    assert all(abs(r["error"]) < 0.02 for r in rows)
+    wrong = compare(measured(bundle), predicted(bundle, small_profile(), 0.0))
+    assert any(r["met"] is False for r in wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"output_toks": 0}, "output_toks"),
+        ({"first_token_ts": -1.0}, "backwards"),
+        ({"queued_ts": None}, "queued_ts"),
+    ],
+)
+def test_bad_request_names_its_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    folder = write_bundle(tmp_path / "b", overhead_s=0.0)
+    lines = (folder / "requests.jsonl").read_text().splitlines()
+    lines[4] = json.dumps({**json.loads(lines[4]), **change})
+    (folder / "requests.jsonl").write_text("\n".join(lines))
+    with pytest.raises(WorkloadError, match=f"line 5.*{said}"):
+        read_bundle(folder)
+
+
+def test_missing_bundle_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match=r"meta\.json"):
+        read_bundle(tmp_path)
+
+
+def test_capture_sizes_follow_the_engine() -> None:
+    assert capture_sizes(128)[-1] == 256
+    assert capture_sizes(256)[-1] == 512
+    assert 12 not in capture_sizes(256)
+
+
+def test_closed_loop_grows_with_load() -> None:
+    def point(c: int) -> Point:
+        return Point("e", "Llama-3.1-8B", "bfloat16", 1, 1024, 256, c, 1.0, 1.0)
+
+    light, heavy, over = (predict(point(c), 0.0) for c in (1, 32, 2000))
+    assert light[1] < heavy[1]
+    assert light[0] < heavy[0]
+    assert over[0] > 10 * heavy[0], "requests beyond the KV memory wait for a place"
+    assert predict(point(8), 0.005)[1] > predict(point(8), 0.0)[1] + 0.004
+    assert blended_ttft_s(point(32), 0.0, 1.0) > heavy[0]
+
+
+def test_prompts_tell_which_prefixes_are_shared(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", overhead_s=0.0)
+    base = list(range(400))
+    prompts = [base[:40], [*base[:32], 900, *base[33:57]]]
+    prompts += [[1000 * i, *base] for i in range(2, 20)]
+    workload = tmp_path / "w" / "w.jsonl"
+    workload.parent.mkdir()
+    workload.write_text("\n".join(json.dumps({"input_tok_ids": p}) for p in prompts))
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["dataset_hash"] = hashlib.sha256(workload.read_bytes()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    first, second, third = [a.content for a in read_bundle(folder, workload.parent).arrivals][:3]
+    assert first[:2] == second[:2]
+    assert second[2] not in first
+    assert not set(third) & set(first)
+    assert read_bundle(folder).assumed[0] == "no two prompts share a prefix"

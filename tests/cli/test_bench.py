@@ -1,0 +1,164 @@
+"""The benchmarks from the command line at tiny sizes: results, ledgers, errors, resumption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="benchmarks run the model")
+
+from cachetune.calibration.ceilings import Sizes
+from cachetune.cli import bench_machine, bench_parts, gpu_suite
+from cachetune.cli.gpu_suite import Stamps, Step
+
+from .file_cases import Run
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Small limits, and parts that no other test sees."""
+    sizes = Sizes(1 << 16, 32, 1 << 20, 1 << 20, 1 << 16)
+    monkeypatch.setattr(Sizes, "for_device", staticmethod(lambda device: sizes))
+    monkeypatch.setattr(bench_parts, "KEPT", tmp_path / "parts")
+
+
+def result(run: Run, *args: object) -> tuple[dict[str, Any], str]:
+    status, out, err = run("bench", *args)
+    assert status == 0, err
+    line: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return line, err
+
+
+def test_kernels(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    out = tmp_path / "kernels.json"
+    args = ("--device", "cpu", "--only", "deviation,pack/token4", "--smaller-by", 512)
+    line, err = result(run, "kernels", *args, "--repeats", 3, "--out", out)
+    assert line["wrong"] == [] and "torch reference" in err
+    written = json.loads(out.read_text())
+    assert written["path"] == "torch reference" and written["provenance"]["commit"]
+    assert {r["case"].split("/")[0] for r in written["rows"]} == {"deviation", "pack"}
+
+
+SMALL = ("--model", "llama-tiny", "--chunks", 2, "--chunk-tokens", 32, "--device", "cpu")
+
+
+def test_ttft_prints_four_ledgers_and_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "ttft.json"
+    args = ("ttft", *SMALL, "--repeats", 1, "--policies", "cachetune", "--tiers", "dram")
+    line, err = result(run, *args, "--rhos", "0.7", "--parts", "dram", "--out", out)
+    assert "not measured yet: curve, rho0.7" in err
+    line, err = result(run, *args, "--rhos", "0.7", "--out", out)
+    assert "dram: measured before" in err and set(line["over_bound"]) == {"rho0.7"}
+    written = json.loads(out.read_text())
+    assert written["missing"] == []
+    assert written["prefill_chunk_tokens"] == "whole prompt in one piece"
+    full, reused = written["parts"]["dram"]["rows"]
+    assert full["n_bytes"] == 0 and reused["n_bytes"] > 0 < reused["prepare_ms"]
+    assert reused["path_ms"] >= reused["ttft_ms"] and 0 < reused["flops_skipped"] < 1
+    ceilings = written["parts"]["dram"]["ceilings"]
+    expected = 1e3 * reused["n_bytes"] / (ceilings["device_copy"]["rate"] / 2)
+    assert reused["ideal_load_ms"] == pytest.approx(expected)
+    assert set(written["parts"]["dram"]["peer_ms"]) == {"hf generate"}
+
+
+def test_throughput(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "throughput.json"
+    args = (*SMALL, "--requests", 3, "--contents", 4, "--output-tokens", 2, "--repeats", 1)
+    policies = ("--policies", "full_reuse,cachetune", "--ratios", "0.5")
+    line, _ = result(run, "throughput", *args, *policies, "--out", out)
+    assert list(line["rps"]) == ["full_recompute", "full_reuse", "cachetune 0.5"]
+    full, blind, half = json.loads(out.read_text())["rows"]
+    assert full["of_ideal"] == pytest.approx(1.0)
+    assert 0 == full["flops_skipped"] < half["flops_skipped"] < blind["flops_skipped"] < 1
+    assert half["prepared_rps"] < half["path_rps"] <= half["rps"]
+    assert half["n_decode_steps"] >= 1
+
+
+def test_io(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "io.json"
+    args = ("--folder", tmp_path / "disk", "--workers", 1, "--size-mib", 32, "--device", "cpu")
+    status, _, err = run("bench", "io", *args, "--rounds", 1, "--seconds", 0.05, "--out", out)
+    if "refuses O_DIRECT" in err:
+        pytest.skip("this file system has no O_DIRECT")
+    assert status == 0, err
+    written = json.loads(out.read_text())
+    assert written["cold"] and written["request_bytes"] == 256 << 10
+    media = {(r["medium"], r["contender"]) for r in written["rows"]}
+    assert {("file, O_DIRECT", "store"), ("file, page cache", "store")} <= media
+    assert not list((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("kernels", "--device", "tpu"), "--device must be"),
+        (("kernels", "--device", "cpu", "--only", "nothing"), "--only must name"),
+        (("ttft", "--tiers", "tape"), "--tiers must be of"),
+        (("ttft", *SMALL, "--parts", "tape"), "--parts must name"),
+        (("throughput", "--ratios", "2"), "--ratios must be"),
+        (("io", "--workers", "0"), "--workers must be"),
+        (("gpu", "--step", "nothing"), "--step must name"),
+    ],
+)
+def test_errors_are_one_line(run: Run, args: tuple[object, ...], words: str) -> None:
+    status, out, err = run("bench", *args)
+    said = [text for text in err.splitlines() if text.startswith("cachetune: ")]
+    assert status == 2 and not out and len(said) == 1 and words in said[0]
+
+
+class TestSuite:
+    """`bench gpu`."""
+
+    def test_a_dry_run_never_writes_results(self) -> None:
+        assert bench_machine.results_folder("cpu") == Path("results/cpu")
+        for step in gpu_suite.steps("cpu", gpu_suite.DRY_RUN):
+            assert not any("results" in word for word in step.argv), step.name
+
+    def test_on_a_gpu_everything_is_there(self) -> None:
+        found = gpu_suite.steps("cuda", Path("results/nvidia-h200"))
+        names = [s.name for s in found]
+        assert names[0] == "correctness" and len(names) == len(set(names))
+        assert names[-3:] == ["loop-calibrate", "loop-grid", "loop-fidelity"]
+        for step in found[1:]:
+            assert "cuda" in step.argv and any("results/nvidia-h200" in w for w in step.argv)
+
+    def test_every_step_is_a_command_that_parses(self, run: Run) -> None:
+        found = gpu_suite.steps("cpu", Path("x"))[1:]
+        found += [s for s in gpu_suite.steps("cuda", Path("x"))[1:] if s.name[:4] != "loop"]
+        for step in found:
+            status, _, err = run(*step.argv[1:], "--help")
+            assert status == 0, (step.name, err)
+
+    def test_a_step_that_takes_too_long_is_ended(self, tmp_path: Path) -> None:
+        slow = Step("slow", ("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"))
+        status, seconds = gpu_suite.run_step(slow, tmp_path / "slow.log", limit_s=0.5)
+        assert status == "over 0 s" and seconds < 20
+
+    def test_done_steps_are_skipped_until_their_command_changes(self, tmp_path: Path) -> None:
+        stamps, step = Stamps(tmp_path), Step("one", ("platform",))
+        status, seconds = gpu_suite.run_step(step, stamps.log(step))
+        assert status == "ok" and stamps.log(step).read_text()
+        stamps.write(step, status, seconds)
+        assert stamps.read(step) is not None
+        assert stamps.read(Step("one", ("platform", "--other"))) is None
+        stamps.write(step, "exit 1", seconds)
+        assert stamps.read(step) is None
+
+    def test_wrong_results_are_not_timed(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        ran = []
+
+        def fails(step: Step, log: Path) -> tuple[str, float]:
+            ran.append(step.name)
+            return "exit 1", 0.1
+
+        monkeypatch.setattr(gpu_suite, "STAMPS", tmp_path)
+        monkeypatch.setattr(gpu_suite, "run_step", fails)
+        status, out, _ = run("bench", "gpu")
+        assert status == 1 and ran == ["correctness"]
+        assert json.loads(out.splitlines()[-1])["failed"] == ["correctness"]

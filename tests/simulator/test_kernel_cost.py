@@ -1,0 +1,85 @@
+"""Shipped kernels: they load fast, predict with intervals, and compose into model times."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cachetune.core.errors import CacheTuneError
+from cachetune.core.model_spec import ModelSpec
+from cachetune.simulator.allreduce import allreduce_s
+from cachetune.simulator.gpu_sheet import FOLDER, gpu_sheet, gpu_sheets
+from cachetune.simulator.kernel_cost import KernelCost
+from cachetune.simulator.model_cost import ModelCost
+
+LLAMA = ModelSpec(
+    name="llama-3.1-8b",
+    family="llama",
+    n_layers=32,
+    hidden_size=4096,
+    intermediate_size=14336,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    max_position=131072,
+)
+
+
+def test_shipped_documents_are_small() -> None:
+    assert all(p.stat().st_size <= 300_000 for p in Path(str(FOLDER)).glob("*.json"))
+
+
+def test_a_cold_load_takes_under_a_second() -> None:
+    code = (
+        "import time\n"
+        "from cachetune.simulator.kernel_cost import KernelCost\n"
+        "t = time.perf_counter()\n"
+        "KernelCost.load('H100-SXM').gemm_s(128, 4096, 4096)\n"
+        "assert time.perf_counter() - t < 1.0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("gpu", sorted(gpu_sheets()))
+def test_every_gpu_predicts_with_an_interval(gpu: str) -> None:
+    cost = KernelCost.load(gpu)
+    for found in (
+        cost.predict_gemm(512, 4096, 4096),
+        cost.predict_prefill_attention(512, 4096, 32, 8, 128),
+        cost.predict_decode_attention(8, 8 * 2048, 32, 8, 128),
+    ):
+        assert 0 < found.low_s < found.seconds < found.high_s
+
+
+def test_a_borrowed_gpu_says_so_and_is_less_sure() -> None:
+    own = KernelCost.load("H100 sxm").predict_gemm(512, 4096, 4096)
+    borrowed = KernelCost.load("H200-SXM").predict_gemm(512, 4096, 4096)
+    assert own.borrowed_from is None and borrowed.borrowed_from == "H100-SXM"
+    assert borrowed.high_s / borrowed.seconds > own.high_s / own.seconds
+
+
+def test_decode_steps_sum_in_closed_form() -> None:
+    cost = ModelCost(LLAMA, KernelCost.load("H100-SXM"))
+    whole = cost.decode_steps_s(8, 8 * 1000, 300)
+    assert whole == pytest.approx(sum(cost.decode_s(8, 8 * 1000 + 8 * i) for i in range(300)))
+    assert cost.decode_s(8, 8 * 8000) > cost.decode_s(8, 8 * 1000)
+
+
+def test_a_prefix_costs_more_and_tensor_parallelism_less() -> None:
+    kernels = KernelCost.load("H100-SXM")
+    one = ModelCost(LLAMA, kernels)
+    assert one.prefill_s(512, 16384) > one.prefill_s(512, 0)
+    assert ModelCost(LLAMA, kernels, tp=4).prefill_s(2048, 0) < one.prefill_s(2048, 0)
+    assert allreduce_s(gpu_sheet("L40S"), 4, 1 << 20) > allreduce_s(
+        gpu_sheet("H100-SXM"), 4, 1 << 20
+    )
+
+
+def test_an_unknown_gpu_names_the_nearest() -> None:
+    with pytest.raises(CacheTuneError, match="H100-SXM"):
+        KernelCost.load("H100-SMX")
+    with pytest.raises(CacheTuneError, match="above zero"):
+        KernelCost.load("H100-SXM").gemm_s(0, 1, 1)
