@@ -1,8 +1,9 @@
 """`cachetune bench grid`: is the tuned plan as good as the best of a measured grid?
 
-For each tier: a fixed list of plans is written, then measured (resumable); the tuner searches the
-simulator and confirms its best on the runtime; both meet again in one interleaved run. The paper's
-own method, golden-section search on the real runtime, stands beside it with what it cost.
+For each tier: a fixed list of plans is written, then measured; the tuner searches the simulator
+and confirms its best on the runtime; both meet again in one interleaved run. The paper's own
+method, golden-section search on the real runtime, stands beside it with what it cost. What is
+measured lies in a work folder, where a second call goes on; it is copied when all tiers are done.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _Tiers = Annotated[str, typer.Option(help="Tiers, by comma.")]
 _ChunkTokens = Annotated[int, typer.Option(min=16, help="Tokens of each of the eight chunks.")]
 _Trials = Annotated[int, typer.Option(min=20, help="Simulated plans per tier.")]
 _Repeats = Annotated[int, typer.Option(min=2, help="Repeats of every plan of the grid.")]
+_Work = Annotated[Path, typer.Option(help="Where it goes on from; remove it to start anew.")]
 _Out = Annotated[Path, typer.Option(help="Folder of lists, rows, plans and the result.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 
@@ -49,12 +51,13 @@ COLUMNS = (
 
 
 def command(
-    model: _Model = "llama-10m",
+    model: _Model = "llama-25m",
     profile: _Profile = Path("build/grid/profile.json"),
     tiers: _Tiers = "rho0.1,rho0.7,rho4,rho25",
     chunk_tokens: _ChunkTokens = 64,
     trials: _Trials = 150,
     repeats: _Repeats = 2,
+    work: _Work = Path("build/grid"),
     out: _Out = Path("results/cpu/grid"),
     seed: _Seed = 0,
 ) -> None:
@@ -67,7 +70,7 @@ def command(
     from ..runtime.machine import provenance_here
     from .console import note, print_json_line, print_table, progress_bar
 
-    check_writable(profile, out / "grid.json")
+    check_writable(profile, out / "grid.json", work / "grid.json")
     loaded = load_model(model)
     with progress_bar() as tell:
         if not profile.exists():
@@ -81,8 +84,15 @@ def command(
         ):
             for tier in tiers.split(","):
                 machine.tier(tier)
-                found.append(one_tier(runner, machine, workload, tier, trials, repeats, out, seed))
+                done = work / f"{tier}.result.json"
+                if not done.exists():
+                    one = one_tier(runner, machine, workload, tier, trials, repeats, work, seed)
+                    write_atomic(done, (json.dumps(one, indent=1) + "\n").encode())
+                found.append(json.loads(done.read_text(encoding="utf-8")))
                 tell("tiers", len(found), len(tiers.split(",")))
+    for tier in tiers.split(","):
+        for name in ("list.json", "rows.jsonl", "plan.json"):
+            write_atomic(out / f"{tier}.{name}", (work / f"{tier}.{name}").read_bytes())
     machine.write(out / "profile.json")
     provenance = provenance_here(seed).model_dump(mode="json")
     result = {"provenance": provenance, "model": model, "tiers": found}
@@ -101,7 +111,7 @@ def one_tier(
     tier: str,
     n_trials: int,
     n_repeats: int,
-    out: Path,
+    folder: Path,
     seed: int,
 ) -> dict[str, Any]:
     """Grid, then tuning, then both again; golden section last."""
@@ -111,13 +121,13 @@ def one_tier(
     from ..tuner.measure import Bench
     from ..tuner.search import tune
 
-    listed = out / f"{tier}.list.json"
+    listed = folder / f"{tier}.list.json"
     write_list(listed, grid_plans(RATIO_MIN, machine.model.n_layers), tier, workload, seed)
-    grid = run_grid(runner, workload, listed, out / f"{tier}.rows.jsonl", n_repeats=n_repeats)
+    grid = run_grid(runner, workload, listed, folder / f"{tier}.rows.jsonl", n_repeats=n_repeats)
     tuned = tune(
         machine, workload, tier, n_trials=n_trials, seed=seed, ratio_min=RATIO_MIN, runner=runner
     )
-    tuned.write(out / f"{tier}.plan.json")
+    tuned.write(folder / f"{tier}.plan.json")
     bench = Bench(runner, workload, tier)
     final = compare(bench, grid, tuned.plan, n_repeats=FINAL_REPEATS, seed=seed)
     times = token_times(machine, workload, tier)
