@@ -51,17 +51,21 @@ def _memory_bytes() -> int:
 
 
 def _commit() -> str:
+    """Short hash; `-dirty` when code differs from it (results a run writes do not count)."""
     root = Path(__file__).resolve().parent.parent
-    try:
-        run = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    changed = _git(root, "status", "--porcelain", "-uno", "--", ".", ":!results")
+    if commit is None or changed is None:
         return "unknown"
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(root: Path, *args: str) -> str | None:
+    command = ["git", "-C", str(root), *args]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
     return run.stdout.strip()
 
 
