@@ -1,9 +1,9 @@
 """The silicon sample: measured TTFT and TPOT of engines at fixed lengths and concurrency, on H100.
 
 Rows are those of AIConfigurator's sample (ai-dynamo/aiconfigurator, Apache-2.0). Step times come
-from `ModelCost`. The load is taken as a closed loop in its steady state: `concurrency` requests at
-random phases, each replaced when it ends. One scalar of host overhead per step is fitted per engine
-on the *other* models, or, for an engine with one model only, on the other tensor-parallel degrees.
+from `ModelCost`, the run from `ClosedBatch`. One scalar of host overhead per step is fitted per
+engine on the *other* models, or, for an engine with one model only, on the other tensor-parallel
+degrees.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..core.errors import WorkloadError
 from ..core.model_spec import ModelSpec
 from ..simulator.kernel_cost import KernelCost
 from ..simulator.model_cost import ModelCost
+from .closed_batch import ClosedBatch, bisect
 
 MODELS = {
     "Llama-3.1-8B": ("llama", 32, 4096, 14336, 32, 8, 128, 128256),
@@ -30,16 +31,23 @@ MODELS = {
 }
 """Family, layers, hidden, intermediate, heads, KV heads, head size, vocabulary, by part of name."""
 
-BOUNDS = {"ttft": 0.20, "tpot": 0.08, "ttft_with_burst": None}
-"""Largest median |error| asked for, set before measuring. `ttft_with_burst` takes a second fitted
+BOUNDS = {"ttft": 0.20, "tpot": 0.08, "ttft_with_length": None}
+"""Largest median |error| asked for, set before measuring. `ttft_with_length` takes a second fitted
 scalar, so it answers no bound."""
+
+REQUESTS_PER_USER = 10
+"""Length of a run, as load tools suggest it; the sample does not say."""
+LENGTHS = (2, 3, 5, 8, 10, 15, 20, 30)
+PREFILL_ALONE = ("sglang",)
+"""Engines whose steps hold prompts or decodes, not both, unless told otherwise."""
 
 TOKEN_BUDGET = 8192
 """Tokens of one step: the default of the three engines on this GPU; the sample does not say."""
 GPU_BYTES = 80e9
 KV_SHARE = 0.9
 """Share of the GPU's memory that engines use by default; what weights leave of it holds KV."""
-OVERHEADS_S = tuple(i * 0.25e-3 for i in range(49))
+LARGEST_OVERHEAD_S = 12e-3
+FIT_STEPS = 7  # bisections, to 0.1 ms
 COLUMNS = ("backend", "backend_version", "model_path", "system", "precision", "mode", "isl", "osl",
            "gemm_quant_mode", "tp_size", "silicon_data_source", "silicon_ttft_ms",
            "silicon_tpot_ms")  # fmt: skip
@@ -105,41 +113,12 @@ def read_points(path: str | Path) -> list[Point]:
     return points
 
 
-def predict(point: Point, overhead_s: float) -> tuple[float, float]:
-    """(TTFT, TPOT) in seconds of the closed loop in its steady state.
-
-    Of `c` requests that fit in memory, each output token is a step of `c - 1` decodes, and over one
-    life the other `c - 1` requests each bring a prefill. A prompt waits for the step that runs, for
-    prompts before it, and, where KV memory is short, for a place.
-    """
-    decode_s, prefill_s, capacity = _step_times(point)
-    c = min(point.concurrency, capacity)
-    steps = point.n_output
-    n_pieces = max(1, -(-point.n_prompt // TOKEN_BUDGET))
-    step_s = decode_s + overhead_s
-    stall_s = prefill_s + (n_pieces - 1) * overhead_s  # a piece rides on a step that decodes too
-    tpot_s = step_s + (c - 1) * stall_s / steps
-    own_s = stall_s + step_s
-    life_s = own_s + tpot_s * (steps - 1)
-    busy = min((c - 1) * own_s / life_s, 1.0)
-    residual_s = 0.5 * (busy * own_s + (1 - busy) * step_s)
-    ahead_s = busy * own_s * (c - 1) / (2 * c)
-    queue_s = (point.concurrency - c) / c * life_s
-    return own_s + residual_s + ahead_s + queue_s, tpot_s
-
-
-def burst_ttft_s(point: Point, overhead_s: float) -> float:
-    """Mean TTFT in seconds when all `concurrency` prompts come at once, in order, by budget."""
-    decode_s, prefill_s, capacity = _step_times(point)
-    c = min(point.concurrency, capacity)
-    together = min(c, max(1, TOKEN_BUDGET // point.n_prompt))
-    return (prefill_s + (decode_s + overhead_s) / together) * (c + together) / 2
-
-
-def blended_ttft_s(point: Point, overhead_s: float, share: float) -> float:
-    """TTFT when `share` of the requests meet the opening burst and the others the steady state."""
-    steady = predict(point, overhead_s)[0]
-    return steady + share * (burst_ttft_s(point, overhead_s) - steady)
+@cache
+def predict(
+    point: Point, overhead_s: float, per_user: int = REQUESTS_PER_USER
+) -> tuple[float, float]:
+    """(mean TTFT, mean TPOT) in seconds of a run of `per_user` requests for each user."""
+    return _batch(point).run(per_user * point.concurrency, overhead_s)
 
 
 def validate(path: str | Path) -> list[dict[str, Any]]:
@@ -153,7 +132,7 @@ def validate(path: str | Path) -> list[dict[str, Any]]:
         for group in groups:
             others = [p for p in of_engine if _group(p, by_model) != group]
             overhead_s = fit_overhead_s(others) if others else 0.0
-            share = fit_burst_share(others, overhead_s) if others else 0.0
+            length = fit_length(others, overhead_s) if others else REQUESTS_PER_USER
             fitted_on = ", ".join(g for g in groups if g != group) or "nothing"
             for p in of_engine:
                 if _group(p, by_model) == group:
@@ -165,10 +144,10 @@ def validate(path: str | Path) -> list[dict[str, Any]]:
                             "predicted_tpot_s": tpot_s,
                             "ttft_error": ttft_s / p.ttft_s - 1,
                             "tpot_error": tpot_s / p.tpot_s - 1,
-                            "ttft_with_burst_error": blended_ttft_s(p, overhead_s, share) / p.ttft_s
+                            "ttft_with_length_error": predict(p, overhead_s, length)[0] / p.ttft_s
                             - 1,
                             "overhead_ms": overhead_s * 1e3,
-                            "burst_share": share,
+                            "per_user": length,
                             "fitted_on": fitted_on,
                         }
                     )
@@ -176,26 +155,22 @@ def validate(path: str | Path) -> list[dict[str, Any]]:
 
 
 def fit_overhead_s(points: Sequence[Point]) -> float:
-    """Seconds per step with the smallest median |error| of TPOT on a fixed grid, to 0.25 ms."""
+    """Seconds per step that bring the median signed error of TPOT to zero, never below zero."""
 
     def error(overhead_s: float) -> float:
-        return float(np.median([abs(predict(p, overhead_s)[1] / p.tpot_s - 1) for p in points]))
+        return float(np.median([predict(p, overhead_s)[1] / p.tpot_s - 1 for p in points]))
 
-    return min(OVERHEADS_S, key=error)
+    return bisect(error, 0.0, LARGEST_OVERHEAD_S, FIT_STEPS)
 
 
-def fit_burst_share(points: Sequence[Point], overhead_s: float) -> float:
-    """Share of requests in the opening burst with the smallest median |error| of TTFT, to 0.01.
+def fit_length(points: Sequence[Point], overhead_s: float) -> int:
+    """Requests per user with the smallest median |error| of TTFT: a second scalar, kept apart."""
 
-    The sample does not say how many requests a run had, nor how they came: a second scalar, beyond
-    the one of host overhead, and reported apart.
-    """
-
-    def error(share: float) -> float:
-        errors = [abs(blended_ttft_s(p, overhead_s, share) / p.ttft_s - 1) for p in points]
+    def error(length: int) -> float:
+        errors = [abs(predict(p, overhead_s, length)[0] / p.ttft_s - 1) for p in points]
         return float(np.median(errors))
 
-    return min([i / 100 for i in range(101)], key=error)
+    return min(LENGTHS, key=error)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -215,7 +190,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "bound": bound,
             "met": None if bound is None else error <= bound,
             "overhead_ms": float(np.mean([r["overhead_ms"] for r in of])),
-            "burst_share": float(np.mean([r["burst_share"] for r in of])),
+            "per_user": float(np.mean([r["per_user"] for r in of])),
             "fitted_on": of[0]["fitted_on"]
             if len({r["fitted_on"] for r in of}) == 1
             else "the other groups of the engine",
@@ -230,28 +205,25 @@ def _group(point: Point, by_model: bool) -> str:
 
 
 @cache
-def _step_times(point: Point) -> tuple[float, float, int]:
-    """(decode step, what one prompt adds to steps, requests that fit in memory)."""
+def _batch(point: Point) -> ClosedBatch:
     family, layers, hidden, inter, heads, kv_heads, head_dim, vocab = MODELS[point.model]
     spec = ModelSpec.model_validate(
         {"name": point.model, "family": family, "n_layers": layers, "hidden_size": hidden,
          "intermediate_size": inter, "n_heads": heads, "n_kv_heads": kv_heads,
          "head_dim": head_dim, "vocab_size": vocab, "max_position": 131072}
     )  # fmt: skip
-    cost = _cost(spec, point.tp, point.dtype)
     weight_bytes = spec.n_params * (1 if point.dtype == "fp8" else 2)
     kv_bytes = KV_SHARE * GPU_BYTES * point.tp - weight_bytes
     full = point.n_prompt + point.n_output
-    capacity = max(int(kv_bytes / (full * spec.kv_bytes_per_token)), 1)
-    c = min(point.concurrency, capacity)
-    context = c * (point.n_prompt + point.n_output / 2)
-    decode_s = cost.decode_s(c, context)
-    prefill_s, done = 0.0, 0
-    while done < point.n_prompt:
-        n = min(TOKEN_BUDGET, point.n_prompt - done)
-        prefill_s += cost.step_s([(n, done)], c, context) - decode_s
-        done += n
-    return decode_s, prefill_s, capacity
+    return ClosedBatch(
+        cost=_cost(spec, point.tp, point.dtype),
+        n_prompt=point.n_prompt,
+        n_output=point.n_output,
+        n_users=point.concurrency,
+        capacity=max(int(kv_bytes / (full * spec.kv_bytes_per_token)), 1),
+        token_budget=TOKEN_BUDGET,
+        mixed=point.engine not in PREFILL_ALONE,
+    )
 
 
 @cache

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cachetune.calibration.bundles import capture_sizes, read_bundle
 from cachetune.calibration.end_to_end import compare, fit_overhead_s, measured, predicted
-from cachetune.calibration.silicon import Point, blended_ttft_s, predict
+from cachetune.calibration.silicon import Point, fit_length, predict
+from cachetune.calibration.silicon import fit_overhead_s as fit_step_s
 from cachetune.core.errors import WorkloadError
 from cachetune.simulator.step_profile import Curve, StepProfile
 
@@ -108,7 +110,22 @@ def test_closed_loop_grows_with_load() -> None:
     assert light[0] < heavy[0]
     assert over[0] > 10 * heavy[0], "requests beyond the KV memory wait for a place"
     assert predict(point(8), 0.005)[1] > predict(point(8), 0.0)[1] + 0.004
-    assert blended_ttft_s(point(32), 0.0, 1.0) > heavy[0]
+    opening = predict(point(32), 0.0, 1)[0]
+    assert opening > heavy[0], "users who all come at once wait for each other"
+
+
+def test_the_silicon_fit_finds_the_overhead_and_the_length_of_its_own_runs() -> None:
+    def point(c: int, engine: str = "vllm") -> Point:
+        return Point(engine, "Llama-3.1-8B", "bfloat16", 1, 2048, 64, c, 1.0, 1.0)
+
+    def measured(c: int, overhead_s: float, length: int) -> Point:
+        ttft_s, tpot_s = predict(point(c), overhead_s, length)
+        return replace(point(c), ttft_s=ttft_s, tpot_s=tpot_s)
+
+    assert fit_step_s([measured(c, 3e-3, 10) for c in (8, 16)]) == pytest.approx(3e-3, abs=1e-4)
+    assert fit_length([measured(c, 3e-3, 5) for c in (8, 16)], 3e-3) == 5
+    # Prompts apart from decodes: everybody waits for every prompt, each time anew.
+    assert predict(point(16, "sglang"), 0.0, 20)[0] > 2 * predict(point(16), 0.0, 20)[0]
 
 
 def test_prompts_tell_which_prefixes_are_shared(tmp_path: Path) -> None:
