@@ -71,6 +71,7 @@ def command(
     from ..core.record import check_writable, write_atomic
     from ..runtime.loaded_model import load_model
     from ..runtime.machine import provenance_here
+    from ..tuner.grid import relate
     from .console import note, print_json_line, print_table, progress_bar
 
     check_writable(profile, out / "grid.json", work / "grid.json")
@@ -91,7 +92,8 @@ def command(
                 if not done.exists():
                     one = one_tier(runner, machine, workload, tier, trials, repeats, work, seed)
                     write_atomic(done, (json.dumps(one, indent=1) + "\n").encode())
-                found.append(json.loads(done.read_text(encoding="utf-8")))
+                raw = json.loads(done.read_text(encoding="utf-8"))
+                found.append(raw | relate(raw["tuned_ttft_ms"], raw["grid_ttft_ms"]))
                 tell("tiers", len(found), len(tiers.split(",")))
     for tier in tiers.split(","):
         for name in ("list.json", "rows.jsonl", "plan.json"):

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 N_FINALISTS = 3
 
 NOISY = 0.05
-"""Spread of the finalists above which the second round is twice as long again."""
+"""Spread of the finalists above which the second round is longer, up to `FINAL_S` seconds."""
+
+FINAL_S = 15.0
 
 HOPELESS = 3.0
 """Simulated this many times slower than the best, a plan is not run: the simulator errs by far
@@ -170,8 +172,10 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 def _final_round(bench: Bench, rows: list[Confirmed], n_repeats: int, seed: int) -> list[Confirmed]:
     feasible = [i for i, r in enumerate(rows) if r.feasible]
     finalists = sorted(feasible, key=lambda i: rows[i].share)[:N_FINALISTS]
-    noisy = median(rows[i].measured.spread for i in finalists) > NOISY
-    n_final = n_repeats * (4 if noisy else 2)
+    n_final = 2 * n_repeats
+    if median(rows[i].measured.spread for i in finalists) > NOISY:
+        turn_s = sum(rows[i].measured.median for i in finalists) / 1e3
+        n_final = int(min(max(FINAL_S / turn_s, 2 * n_final), 4 * n_final))
     again = bench.interleaved([rows[i].plan for i in finalists], n_final, seed=seed + 1)
     for i, measured, share in zip(finalists, again, paired(again), strict=True):
         rows[i] = replace(rows[i], final=measured, final_share=share)

@@ -17,7 +17,7 @@ from ..core.errors import PlanError
 from ..core.plan import RatioRule, ReusePlan
 from ..core.record import parse_json, write_atomic
 from ..core.workload import Workload
-from .measure import Bench, Measured, Progress, order_of_turn
+from .measure import Bench, Measured, Progress, order_of_turn, paired
 
 if TYPE_CHECKING:
     from ..runtime.runner import Runner
@@ -207,29 +207,36 @@ def compare(
     n_repeats: int = 15,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure the tuned plan and the grid's best again, interleaved, and relate them.
-
-    `ratio` is the tuned median over the least median of the grid's plans in this run (which
-    favours the grid: it is a minimum). `ratio_low` and `ratio_high` are the quartiles of the
-    ratio turn by turn against that plan.
-    """
+    """Measure the tuned plan and the grid's best again, interleaved, and `relate` them."""
     best = [ReusePlan.model_validate_json(json.dumps(r["plan"])) for r in grid["rows"][:n_best]]
     measured = bench.interleaved([tuned, *best], n_repeats, seed=seed)
-    mine, others = measured[0], measured[1:]
-    fastest = min(range(len(others)), key=lambda i: others[i].median)
-    pairs = zip(mine.ttft_ms, others[fastest].ttft_ms, strict=True)
-    by_turn = sorted(a / b for a, b in pairs)
+    times = [list(m.ttft_ms) for m in measured]
+    return {
+        **relate(times[0], times[1:]),
+        "tuned_ttft_ms": times[0],
+        "tuned_spread": measured[0].spread,
+        "grid_ttft_ms": times[1:],
+        "grid_plan_numbers": [r["plan_number"] for r in grid["rows"][:n_best]],
+    }
+
+
+def relate(tuned_ms: Sequence[float], grid_ms: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """How the tuned plan stands to the fastest of the grid's plans in the same turns.
+
+    `ratio` relates their `paired` shares, as confirmation does: a slow moment hits all plans of a
+    turn alike. The grid has the advantage of a minimum. `ratio_of_medians` forgets the turns;
+    `ratio_low` and `ratio_high` are the quartiles turn by turn.
+    """
+    shares = paired([Measured(tuple(times)) for times in (tuned_ms, *grid_ms)])
+    fastest = min(range(len(grid_ms)), key=lambda i: shares[i + 1])
+    by_turn = sorted(a / b for a, b in zip(tuned_ms, grid_ms[fastest], strict=True))
     n = len(by_turn)
     return {
-        "ratio": mine.median / others[fastest].median,
+        "ratio": shares[0] / shares[fastest + 1],
         "ratio_low": by_turn[n // 4],
-        "ratio_median": median(by_turn),
         "ratio_high": by_turn[(3 * n - 1) // 4],
-        "tuned_ttft_ms": list(mine.ttft_ms),
-        "tuned_spread": mine.spread,
-        "grid_ttft_ms": [list(m.ttft_ms) for m in others],
-        "grid_plan_numbers": [r["plan_number"] for r in grid["rows"][:n_best]],
-        "fastest_plan_number": grid["rows"][fastest]["plan_number"],
+        "ratio_of_medians": median(tuned_ms) / min(median(times) for times in grid_ms),
+        "fastest": fastest,
     }
 
 

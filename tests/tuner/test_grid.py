@@ -12,7 +12,15 @@ from cachetune.core.errors import PlanError
 from cachetune.core.plan import ReusePlan
 from cachetune.core.workload import Workload
 from cachetune.tuner import grid as grid_module
-from cachetune.tuner.grid import compare, grid_plans, read_list, read_rows, run_grid, write_list
+from cachetune.tuner.grid import (
+    compare,
+    grid_plans,
+    read_list,
+    read_rows,
+    relate,
+    run_grid,
+    write_list,
+)
 from cachetune.tuner.measure import Bench, Measured, order_of_turn, paired
 
 N_PLANS = 5
@@ -112,8 +120,18 @@ def test_compare_measures_again_in_the_same_run(run: Run) -> None:
     slow = ReusePlan.model_validate_json(json.dumps(result["rows"][-1]["plan"]))
     worse = compare(bench, result, slow, n_repeats=4)  # type: ignore[arg-type]
     assert worse["ratio"] > 1.5
-    assert worse["fastest_plan_number"] == result["rows"][0]["plan_number"]
+    assert worse["grid_plan_numbers"][worse["fastest"]] == result["rows"][0]["plan_number"]
     assert len(worse["grid_ttft_ms"]) == 3
+
+
+def test_a_slow_moment_of_the_machine_does_not_decide() -> None:
+    moments = [1.0, 1.0, 3.0, 1.0, 1.1, 2.0, 1.0]
+    tuned = [10.0 * m for m in moments]
+    found = relate(tuned, [[11.0 * m for m in moments], [13.0 * m for m in moments]])
+    assert found["ratio"] == pytest.approx(10 / 11)
+    assert found["fastest"] == 0
+    same = relate([10.0 * m for m in moments], [[10.0 * m for m in moments]])
+    assert same["ratio"] == same["ratio_of_medians"] == pytest.approx(1.0)
 
 
 def test_turns_are_permutations_that_differ() -> None:
