@@ -97,23 +97,43 @@ class StepProfile:
         rest_us = self.once_us.at(padded) + self.head_us.at(len(pieces) + n_decode)
         return (self.n_layers * layer_us + rest_us) * 1e-6 + self.overhead_s
 
-    def decode_run_s(self, n_decode: int, kv_decode_tokens: int, n_steps: int) -> float:
+    @property
+    def has_skew(self) -> bool:
+        """Whether the longest context matters beside their sum."""
+        return bool(self.skew)
+
+    def decode_run_s(
+        self,
+        n_decode: int,
+        kv_decode_tokens: int,
+        n_steps: int,
+        kv_decode_max: int | None = None,
+    ) -> float:
         """Seconds of `n_steps` decode steps in a row, every context one longer each time.
 
-        Attention is piecewise linear in the mean context, so each stretch between grid points is
-        the sum of an arithmetic series.
+        Attention is piecewise linear in the mean context and in the longest, so each stretch
+        between grid points is the sum of an arithmetic series. Equal to the sum of `step_s`.
         """
         if n_steps <= 0 or n_decode <= 0:
             return 0.0
         knots = self.grid[3][1:]
+        contexts = [kv_decode_tokens / n_decode]
+        if kv_decode_max is not None:
+            contexts.append(kv_decode_max)
         total, done = 0.0, 0
         while done < n_steps:
-            mean = kv_decode_tokens / n_decode + done
-            ahead = [k - mean for k in knots if k - mean >= 1]
-            n = min(n_steps - done, int(ahead[0]) + 1) if ahead else n_steps - done
-            first = self.step_s((), n_decode, kv_decode_tokens + done * n_decode)
-            last = self.step_s((), n_decode, kv_decode_tokens + (done + n - 1) * n_decode)
-            total += n * (first + last) / 2
+            ahead = [k - x - done for x in contexts for k in knots if k - x - done > 0]
+            n = min(n_steps - done, int(min(ahead)) + 1) if ahead else n_steps - done
+            ends = [
+                self.step_s(
+                    (),
+                    n_decode,
+                    kv_decode_tokens + at * n_decode,
+                    None if kv_decode_max is None else kv_decode_max + at,
+                )
+                for at in (done, done + n - 1)
+            ]
+            total += n * sum(ends) / 2
             done += n
         return total
 

@@ -1,0 +1,137 @@
+"""`KvBlocks`: KV memory of one engine in extents, with prefix caching, as vLLM's block pool.
+
+Blocks of a chunk live and die together, so that a long prompt costs a few steps, not one per
+block. A freed extent keeps its content and queues; the oldest is taken first, a request's last
+blocks before its first ones. With chunks of one block this is vLLM's order exactly.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from ..core.errors import InvariantViolation
+
+ENDLESS = 1 << 60
+
+
+class KvBlocks:
+    """Extents by key: a chunk's is not negative, others get a fresh negative one."""
+
+    __slots__ = ("fresh", "idle", "n_blocks", "n_free", "next_key", "size_of", "users")
+
+    def __init__(self, n_blocks: int | None) -> None:
+        self.n_blocks = ENDLESS if n_blocks is None else n_blocks
+        self.n_free = self.n_blocks
+        """Blocks that may be taken: never used, or of a queued extent."""
+        self.fresh = self.n_blocks
+        """Blocks of no extent: taken first."""
+        self.users: dict[int, int] = {}
+        """Requests that hold a named extent; 0 while it queues."""
+        self.size_of: dict[int, int] = {}
+        """Blocks of every extent that is named or queues."""
+        self.idle: OrderedDict[int, None] = OrderedDict()
+        self.next_key = -1
+
+    def take(self, n: int) -> None:
+        """Take `n` blocks, which the caller has checked to be free."""
+        self.n_free -= n
+        if n <= self.fresh:
+            self.fresh -= n
+            return
+        n -= self.fresh
+        self.fresh = 0
+        idle, sizes = self.idle, self.size_of
+        while n > 0:
+            key, _ = idle.popitem(last=False)
+            n -= sizes.pop(key)
+            self.users.pop(key, None)
+        if n < 0:  # what is left of the extent has lost its name if it had one
+            rest = key if key < 0 else self.new_key()
+            sizes[rest] = -n
+            idle[rest] = None
+            idle.move_to_end(rest, last=False)
+
+    def new_key(self) -> int:
+        """A key for an extent without a name."""
+        self.next_key -= 1
+        return self.next_key
+
+    def prefix(self, keys: Sequence[int]) -> int:
+        """How many of the first `keys` are cached."""
+        users = self.users
+        n = 0
+        for key in keys:
+            if key not in users:
+                break
+            n += 1
+        return n
+
+    def n_idle(self, keys: Sequence[int]) -> int:
+        """Blocks of cached `keys` that count as free, as nobody uses them."""
+        users, sizes = self.users, self.size_of
+        return sum([sizes[key] for key in keys if not users[key]])
+
+    def touch(self, keys: Sequence[int]) -> None:
+        """One more user of each cached extent."""
+        users = self.users
+        for key in keys:
+            count = users[key]
+            if not count:
+                del self.idle[key]
+                self.n_free -= self.size_of[key]
+            users[key] = count + 1
+
+    def name(self, keys: Iterable[int], sizes: Iterable[int]) -> list[int]:
+        """Name blocks that one request holds; the keys it holds them by.
+
+        Where another extent has the name already, they get one that nobody looks for.
+        """
+        users, size_of = self.users, self.size_of
+        held = []
+        for key, size in zip(keys, sizes, strict=True):
+            if key in users:
+                key = self.new_key()
+            users[key] = 1
+            size_of[key] = size
+            held.append(key)
+        return held
+
+    def give_back(self, keys: Sequence[int], n_private: int, private_key: int) -> None:
+        """A request leaves `keys`, in the order of its prompt, and its own blocks behind them."""
+        idle, sizes, users = self.idle, self.size_of, self.users
+        if n_private:
+            sizes[private_key] = n_private
+            idle[private_key] = None
+            self.n_free += n_private
+        for key in reversed(keys):
+            count = users[key] - 1
+            users[key] = count
+            if not count:
+                idle[key] = None
+                self.n_free += sizes[key]
+
+    def reclaim(self, private_key: int, n_most: int) -> int:
+        """Take up to `n_most` of what is left of a queued extent; how many there were."""
+        left = self.size_of.get(private_key, 0)
+        got = min(left, n_most)
+        if got:
+            self.n_free -= got
+            if got < left:
+                self.size_of[private_key] = left - got
+            else:
+                del self.size_of[private_key], self.idle[private_key]
+        return got
+
+    def check(self) -> None:
+        """Nobody holds a block any more, and all of them are free (INV-4).
+
+        Raises:
+            InvariantViolation: both sides.
+        """
+        queued = sum([self.size_of[key] for key in self.idle])
+        if self.n_free != self.n_blocks or self.fresh + queued != self.n_free:
+            raise InvariantViolation(
+                f"INV-4 blocks: {self.n_free} free, {self.fresh} fresh + {queued} queued, "
+                f"of {self.n_blocks}"
+            )

@@ -1,0 +1,99 @@
+"""`Loads`: what admitted requests load, from which tier, and when their first piece may begin.
+
+Layers are pipelined: compute of layer l needs the bytes of layer l. With equal layers the first
+piece, of compute C over n layers, begun behind the first layer's bytes, ends no earlier than
+max(first bytes + C, end of the loads + C / n). So it may begin C (1 - 1 / n) before its loads end
+and nothing waits for it: until then the engine computes for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..core.step_cost import StepCost
+from ..core.units import NS_PER_S
+from .serving_fleet import Fleet
+from .serving_jobs import Job
+from .serving_links import Flow, Link, join, leave
+from .serving_policy import peek_rows
+from .serving_tiers import ChunkTiers
+
+Push = Callable[[int, int, Any, int], None]
+"""Of (time, kind, object, version)."""
+
+MOVED, READY = 1, 2
+"""Kinds of events: a flow has ended, a first piece may begin."""
+
+
+class Loads:
+    """All loads of a fleet."""
+
+    def __init__(self, fleet: Fleet, cost: StepCost, push: Push) -> None:
+        self._policy = fleet.policy
+        self._host_rate = fleet.replica.host_link_bytes_per_s
+        self._budget = fleet.replica.limits.max_num_batched_tokens
+        self._host_links = [Link() for _ in range(fleet.n_replicas)]
+        self._cost = cost
+        self._push = push
+        self._now_ns = 0
+
+    def begin(self, job: Job, tiers: ChunkTiers, loads: dict[int, list[int]], now_ns: int) -> None:
+        """A flow per tier. `loads`: by tier [chunks, tokens, ...]."""
+        policy = self._policy
+        self._now_ns = now_ns
+        job.is_loading = True
+        job.load_id += 1
+        job.flows = []
+        n_tokens = 0
+        for tier, (n_chunks, n, _) in loads.items():
+            n_tokens += n
+            job.flows.append(self._flow(job, tiers, tier, n_chunks, n))
+        job.extra_s = n_tokens * policy.restore_s_per_token
+        if policy.name == "cacheblend":
+            job.extra_s += job.n_tokens * policy.select_s_per_token
+        piece = peek_rows(job, min(job.rows_left, self._budget))
+        alone_ns = round((self._cost.step_s([piece], 0, 0) + job.extra_s) * NS_PER_S)
+        job.tail_ns = alone_ns // policy.n_layers
+        job.slack_ns = alone_ns - job.tail_ns
+        job.first_bytes_ns = job.ready_ns = -1
+        for flow in job.flows:
+            join(flow, now_ns, self._changed)
+        took_ns = job.load_end_ns - now_ns
+        job.first_bytes_ns = now_ns + took_ns // policy.n_layers
+        self._set_ready(job)
+
+    def moved(self, flow: Flow, now_ns: int) -> None:
+        """All of a flow is there."""
+        self._now_ns = now_ns
+        leave(flow, now_ns, self._changed)
+
+    def _flow(self, job: Job, tiers: ChunkTiers, tier: int, n_chunks: int, n: int) -> Flow:
+        state = tiers.tiers[tier]
+        spec = state.spec
+        n_bytes = n * self._policy.kv_bytes_per_token
+        state.read_bytes += n_bytes
+        seconds = n_bytes / spec.read_bytes_per_s
+        if spec.iops is not None:
+            seconds = max(seconds, n_chunks * self._policy.n_layers / spec.iops)
+        links: tuple[Link, ...] = (state.link,)
+        works: tuple[float, ...] = (seconds * NS_PER_S,)
+        if self._host_rate is not None:
+            links += (self._host_links[job.replica.index],)
+            works += (n_bytes / self._host_rate * NS_PER_S,)
+        latency_ns = round(spec.latency_s * NS_PER_S)
+        return Flow(job, job.load_id, tier, n_bytes, links, works, latency_ns)
+
+    def _changed(self, flow: Flow) -> None:
+        self._push(flow.end_ns, MOVED, flow, flow.version)
+        job = flow.owner
+        if flow.owner_load == job.load_id and job.flows:
+            job.load_end_ns = max([f.end_ns + f.latency_ns for f in job.flows])
+            if job.first_bytes_ns >= 0:
+                self._set_ready(job)
+
+    def _set_ready(self, job: Job) -> None:
+        ready_ns = max(job.first_bytes_ns, job.load_end_ns - job.slack_ns, self._now_ns)
+        if job.is_loading and ready_ns != job.ready_ns:
+            job.ready_ns = ready_ns
+            self._push(ready_ns, READY, job, job.load_id)
