@@ -18,8 +18,8 @@ from cachetune.tuner.space import (
 )
 
 BOUNDS = Bounds(tiers=("dram", "disk"), n_layers=8, chunk_tokens=64, ratio_min=0.15)
-NOT_SEARCHED = {"rules"}
-"""Made of the per-tier knobs."""
+NOT_SEARCHED = {"rules", "pipeline_stages", "prefill_batch"}
+"""Made of the per-tier knobs; given by the machine; for serving, not for one request's TTFT."""
 
 
 def random_plans(bounds: Bounds, n: int) -> list[ReusePlan]:

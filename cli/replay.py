@@ -1,0 +1,157 @@
+"""`cachetune replay`: a trace through a simulated fleet, request by request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_File = Annotated[Path, typer.Argument(help="A trace in any format of `cachetune trace`.")]
+_Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
+_Gpu = Annotated[str, typer.Option(help="A GPU of `cachetune catalogue list`.")]
+_Count = Annotated[int, typer.Option(min=1, max=64, help="GPUs per replica (tensor parallel).")]
+_Replicas = Annotated[int, typer.Option(min=1, help="Equal replicas behind the router.")]
+_Router = Annotated[
+    str, typer.Option(help="round_robin, least_load, prefix_affinity, chunk_affinity.")
+]
+_Disk = Annotated[str, typer.Option(help="A disk of the catalogue, or none.")]
+_Network = Annotated[str, typer.Option(help="A network to a store that replicas share, or none.")]
+_Policy = Annotated[str, typer.Option(help="Which tokens of a known chunk are recomputed.")]
+_Format = Annotated[str, typer.Option(help="Of stored chunks: bf16, int8, int4, int2.")]
+_Ratio = Annotated[float, typer.Option(help="Recompute ratio of cacheblend and cachetune.")]
+_Eviction = Annotated[str, typer.Option(help="lru, lfu, cost, belady.")]
+_Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms=: what counts as good.")]
+_First = Annotated[int | None, typer.Option(help="At most so many requests.")]
+_Scale = Annotated[float, typer.Option(help="What if requests came so many times as often?")]
+_Ids = Annotated[str, typer.Option(help="Block hashes name the prefix, or the content alone.")]
+_Zero = Annotated[bool, typer.Option(help="Leave out a trace's requests without output.")]
+_Overhead = Annotated[float, typer.Option(min=0, help="Host time per engine step, ms.")]
+_Life = Annotated[int | None, typer.Option(help="A row whose life is written to --trace.")]
+_Trace = Annotated[Path, typer.Option(help="With --life: the Chrome trace.")]
+_Out = Annotated[Path | None, typer.Option(help="One row per request, CSV.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Kept in the result.")]
+
+
+def command(
+    file: _File,
+    model: _Model = "Llama-3.1-8B",
+    gpu: _Gpu = "H100-SXM",
+    n_gpus: _Count = 1,
+    replicas: _Replicas = 1,
+    router: _Router = "least_load",
+    disk: _Disk = "nvme-gen4",
+    network: _Network = "none",
+    policy: _Policy = "cachetune",
+    format: _Format = "bf16",
+    ratio: _Ratio = 0.15,
+    eviction: _Eviction = "lru",
+    slo: _Slo = "ttft_ms=1000,tpot_ms=50",
+    first: _First = None,
+    scale_rate: _Scale = 1.0,
+    ids: _Ids = "prefix",
+    drop_empty: _Zero = False,
+    overhead_ms: _Overhead = 0.8,
+    life: _Life = None,
+    trace: _Trace = Path("build/life.json"),
+    out: _Out = None,
+    seed: _Seed = 0,
+) -> None:
+    """Predict every request's TTFT, TPOT and loads on a fleet from the catalogue."""
+    from time import process_time
+
+    from ..core.catalogue import load_catalogue
+    from ..core.model_presets import model_of
+    from ..core.record import check_writable
+    from ..core.trace import write_chrome
+    from ..core.trace_files import read_trace
+    from ..core.workload import Slo
+    from ..simulator.serving import serve_trace
+    from ..tuner.candidate import Candidate
+    from .console import note, progress_bar
+    from .whatif_options import candidates, level, made
+
+    check_writable(out, trace if life is not None else None)
+    one = candidates(
+        load_catalogue(None), gpus=gpu, n_gpus=str(n_gpus), disks=disk, networks=network,
+        policies=policy, formats=format, weights="bfloat16", dram_gib=None, ratio=ratio,
+        engine={}, overhead_ms=overhead_ms,
+    )  # fmt: skip
+    chosen = made(Candidate, {**dict(one[0]), "eviction": eviction, "router": router}, "the fleet")
+    spec, asked = model_of(model), Slo(**level(slo)[0])
+    table = read_trace(
+        file, first=first, scale_rate=scale_rate, ids=ids,
+        zero_output="drop" if drop_empty else "refuse",
+    )  # fmt: skip
+    _check_row(life, len(table))
+    fleet = chosen.fleet(spec, asked, replicas)
+    cost = chosen.cost(spec)
+    began_s = process_time()
+    with progress_bar() as tell:
+        result = serve_trace(
+            table, fleet, cost, seed=seed, watch=() if life is None else (life,),
+            progress=lambda done, of: tell("requests", done, of),
+        )  # fmt: skip
+    cpu_s = process_time() - began_s
+    if out is not None:
+        _write_rows(out, result)
+        note(f"a row per request: {out}")
+    if life is not None:
+        write_chrome(trace, result.request_trace(life))
+        note(f"row {life}: {trace} (open it in ui.perfetto.dev)")
+    _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)
+
+
+def _check_row(row: int | None, n_rows: int) -> None:
+    from ..core.errors import WorkloadError
+
+    if row is not None and not 0 <= row < n_rows:
+        raise WorkloadError(
+            "the row must be one of the trace",
+            values=f"--life {row}, rows 0 to {n_rows - 1}",
+            remedy="give a row that is there",
+        )
+
+
+def _write_rows(path: Path, result: Any) -> None:
+    import pandas as pd
+
+    from ..core.record import write_atomic
+
+    table = pd.DataFrame(result.columns()).to_csv(index_label="row")
+    write_atomic(path, table.encode())
+
+
+def _report(name: str, result: Any, cpu_s: float, provenance: dict[str, str]) -> None:
+    from .console import print_json_line, print_table
+
+    found = result.summary()
+    times = [
+        {"ms": what} | {s: found[f"{what}_ms_{s}"] for s in ("mean", "p50", "p90", "p99")}
+        for what in ("ttft", "tpot", "e2e", "queue")
+    ]
+    print_table(times, ["ms", "mean", "p50", "p90", "p99"], name)
+    tiers = [
+        {
+            "tier": tier,
+            "hit_rate": found["tier_hit_rate"][tier],
+            "loaded_GB": found["loaded_bytes"][tier] / 1e9,
+            "written_GB": found["written_bytes"][tier] / 1e9,
+        }
+        for tier in result.tier_names
+    ]
+    if tiers:
+        print_table(tiers, ["tier", "hit_rate", "loaded_GB", "written_GB"], "tiers, of all prompts")
+    facts = {
+        "requests": found["n_requests"],
+        "requests per s": found["throughput_rps"],
+        "good share": ", ".join(f"{v:.3f}" for v in found["good_share"].values()),
+        "GPU hit rate": found["gpu_hit_rate"],
+        "utilisation": sum(found["utilisation"]) / len(found["utilisation"]),
+        "preemptions": found["n_preemptions"],
+        "in the system, mean": found["littles_law_n_mean"],
+        "rate x time in it (Little)": found["littles_law_rate_x_time"],
+        "simulated per CPU second": found["n_requests"] / max(cpu_s, 1e-9),
+    }
+    print_table([{"what": k, "value": v} for k, v in facts.items()], ["what", "value"])
+    print_json_line({"command": "replay", "fleet": name, **found, "provenance": provenance})

@@ -1,0 +1,154 @@
+"""`cachetune whatif`: what do I need, what does it cost, and what if something were different?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..tuner.whatif import Question
+
+_Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
+_Traffic = Annotated[
+    str,
+    typer.Option(
+        help="A trace file; rag:rate=,passages=,tokens=,chunks=,zipf=,question=,output=,cv=; "
+        "chat:rate=,turns=,system=,systems=,message=,output=,think=,cv=."
+    ),
+]
+_Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms= and share= of requests that keep it.")]
+_Gpu = Annotated[str, typer.Option(help="GPUs, by commas: `cachetune catalogue list`.")]
+_Counts = Annotated[str, typer.Option(help="GPUs per replica (tensor parallel), by commas.")]
+_Disk = Annotated[str, typer.Option(help="Disks, by commas; none for none.")]
+_Network = Annotated[str, typer.Option(help="Networks to a shared store, by commas; none.")]
+_Policy = Annotated[str, typer.Option(help="Policies, by commas.")]
+_Format = Annotated[str, typer.Option(help="Stored formats, by commas: bf16, int8, int4, int2.")]
+_Weights = Annotated[str, typer.Option(help="Weights, by commas: bfloat16, fp8.")]
+_Dram = Annotated[float | None, typer.Option(help="DRAM of the host, GiB; default of the row.")]
+_Ratio = Annotated[float, typer.Option(help="Recompute ratio of cacheblend and cachetune.")]
+_Target = Annotated[
+    float | None, typer.Option(help="Requests per second to carry; default the traffic's own.")
+]
+_WhatIf = Annotated[
+    str | None, typer.Option("--what-if", help="Changes to the best: disk=hdd-7200,shared=0.5,...")
+]
+_Seeds = Annotated[int, typer.Option(min=1, max=100, help="Samples of traffic; 2 or more.")]
+_Horizon = Annotated[float, typer.Option(min=1, help="Seconds of traffic in a run.")]
+_MaxRequests = Annotated[int, typer.Option(min=20, help="Most requests in a run.")]
+_Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+_Backend = Annotated[str, typer.Option(help="processes, or ray for a cluster.")]
+_Catalogue = Annotated[Path | None, typer.Option(help="JSON laid over the shipped catalogue.")]
+_Price = Annotated[list[str] | None, typer.Option(help="NAME=USD_PER_H. Repeatable.")]
+_Batch = Annotated[int, typer.Option(min=1, help="max_num_batched_tokens of the engine.")]
+_SeqS = Annotated[int, typer.Option(min=1, help="max_num_seqs of the engine.")]
+_Memory = Annotated[float, typer.Option(help="gpu_memory_utilization of the engine.")]
+_Overhead = Annotated[float, typer.Option(min=0, help="Host time per engine step, ms.")]
+_Ids = Annotated[str, typer.Option(help="Block hashes of a trace: prefix, or content.")]
+_Zero = Annotated[bool, typer.Option(help="Leave out a trace's requests without output.")]
+_Fresh = Annotated[bool, typer.Option(help="Begin again; else what --out holds is taken.")]
+_Out = Annotated[Path, typer.Option(help="Folder of table, JSON, page and journal.")]
+
+
+def command(
+    model: _Model = "Llama-3.1-8B",
+    traffic: _Traffic = "rag:",
+    slo: _Slo = "ttft_ms=1000,tpot_ms=50,share=0.99",
+    gpu: _Gpu = "H100-SXM,L40S",
+    n_gpus: _Counts = "1",
+    disk: _Disk = "nvme-gen4",
+    network: _Network = "none",
+    policy: _Policy = "full_recompute,prefix_cache,cachetune",
+    format: _Format = "bf16",
+    weights: _Weights = "bfloat16",
+    dram_gib: _Dram = None,
+    ratio: _Ratio = 0.15,
+    target_rps: _Target = None,
+    what_if: _WhatIf = None,
+    seeds: _Seeds = 5,
+    horizon: _Horizon = 120.0,
+    max_requests: _MaxRequests = 6000,
+    workers: _Workers = 1,
+    backend: _Backend = "processes",
+    catalogue: _Catalogue = None,
+    price: _Price = None,
+    max_num_batched_tokens: _Batch = 8192,
+    max_num_seqs: _SeqS = 256,
+    gpu_memory_utilization: _Memory = 0.9,
+    overhead_ms: _Overhead = 0.8,
+    ids: _Ids = "prefix",
+    drop_empty: _Zero = False,
+    fresh: _Fresh = False,
+    out: _Out = Path("build/whatif"),
+) -> None:
+    """Which of these machines, and how many, for this traffic and service level; what if not."""
+    from ..core.catalogue import load_catalogue
+    from ..core.record import check_writable
+    from ..tuner.traffic import traffic_of
+    from .whatif_options import candidates, with_prices
+    from .whatif_run import run
+
+    rows = with_prices(load_catalogue(catalogue), price or [])
+    engine = {
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+        "utilization": gpu_memory_utilization,
+    }
+    chosen = candidates(
+        rows,
+        gpus=gpu,
+        n_gpus=n_gpus,
+        disks=disk,
+        networks=network,
+        policies=policy,
+        formats=format,
+        weights=weights,
+        dram_gib=dram_gib,
+        ratio=ratio,
+        engine=engine,
+        overhead_ms=overhead_ms,
+    )
+    comes = traffic_of(traffic, ids=ids, zero_output="drop" if drop_empty else "refuse")
+    check_writable(out / "whatif.json")
+    question = _question(model, slo, comes, target_rps, seeds, horizon, max_requests)
+    run(question, chosen, rows, what_if, workers, backend, out, fresh)
+
+
+def _question(
+    model: str,
+    slo: str,
+    comes: Any,
+    target_rps: float | None,
+    seeds: int,
+    horizon: float,
+    max_requests: int,
+) -> Question:
+    from pydantic import ValidationError
+
+    from ..core.errors import CacheTuneError
+    from ..core.model_presets import model_of
+    from ..core.record import first_problem
+    from ..core.workload import Slo
+    from ..tuner.evaluate import RunLength
+    from ..tuner.whatif import Question
+    from .whatif_options import level
+
+    limits, share = level(slo)
+    try:
+        return Question(
+            model=model_of(model),
+            slo=Slo(**limits),
+            attainment=share,
+            traffic=comes,
+            target_rps=target_rps if target_rps is not None else comes.rate_rps,
+            seeds=tuple(range(seeds)),
+            length=RunLength(
+                horizon_s=horizon,
+                max_requests=max_requests,
+                min_requests=min(400, max_requests),
+            ),
+        )
+    except ValidationError as e:
+        text, got = first_problem(e)
+        raise CacheTuneError(f"the question: {text}", values=got) from None

@@ -1,0 +1,164 @@
+"""What the options of `cachetune whatif` say: candidates and the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import CacheTuneError
+
+if TYPE_CHECKING:
+    from ..core.catalogue import Catalogue
+    from ..tuner.candidate import Candidate
+
+GIB = 1 << 30
+
+
+def names(text: str) -> list[str]:
+    """A list by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def level(text: str) -> tuple[dict[str, float], float]:
+    """(`ttft_ms` and `tpot_ms`, share) of `ttft_ms=500,tpot_ms=40,share=0.99`.
+
+    Raises:
+        CacheTuneError: a name is unknown or missing, a value is not a positive number.
+    """
+    found: dict[str, float] = {"share": 0.99}
+    for part in names(text):
+        name, _, value = part.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if name not in ("ttft_ms", "tpot_ms", "share") or not 0 < number < float("inf"):
+            raise CacheTuneError(
+                "the SLO must give ttft_ms and tpot_ms, and may give share",
+                values=repr(part),
+                remedy="for example ttft_ms=500,tpot_ms=40,share=0.99",
+            )
+        found[name] = number
+    share = found.pop("share")
+    if set(found) != {"ttft_ms", "tpot_ms"} or share > 1:
+        raise CacheTuneError(
+            "the SLO must give ttft_ms and tpot_ms, and a share of at most 1",
+            values=repr(text),
+            remedy="for example ttft_ms=500,tpot_ms=40,share=0.99",
+        )
+    return found, share
+
+
+def with_prices(catalogue: Catalogue, prices: Sequence[str]) -> Catalogue:
+    """The catalogue with `NAME=USD_PER_H` for GPUs, disks or networks.
+
+    Raises:
+        CacheTuneError: not of that form, or an unknown name.
+    """
+    from ..core.catalogue import Price, key_of
+
+    for text in prices:
+        name, _, value = text.rpartition("=")
+        try:
+            price = Price(usd_per_h=float(value), as_of="not said", source="--price", terms="given")
+        except ValueError:
+            raise CacheTuneError(
+                "a price must be NAME=USD_PER_H, above zero",
+                values=repr(text),
+                remedy="for example --price H100-SXM=2.49",
+            ) from None
+        priced = {k: dict(getattr(catalogue, k)) for k in ("gpus", "disks", "networks")}
+        for rows in priced.values():
+            known = {key_of(n): n for n in rows}.get(key_of(name))
+            if known is not None:
+                rows[known] = rows[known].replace(price=price)
+                break
+        else:
+            catalogue.gpu(name)
+        catalogue = catalogue.replace(**priced)
+    return catalogue
+
+
+def candidates(
+    catalogue: Catalogue,
+    *,
+    gpus: str,
+    n_gpus: str,
+    disks: str,
+    networks: str,
+    policies: str,
+    formats: str,
+    weights: str,
+    dram_gib: float | None,
+    ratio: float,
+    engine: dict[str, Any],
+    overhead_ms: float,
+) -> list[Candidate]:
+    """All combinations; what a policy does not use does not multiply it.
+
+    Raises:
+        CacheTuneError: an unknown name, with the nearest; a value out of range.
+    """
+    from ..core.machine_spec import compose
+    from ..core.memory_sum import EngineMemory
+
+    found: dict[str, Candidate] = {}
+    every = (gpus, n_gpus, disks, networks, policies, formats, weights)
+    for gpu, count, disk, network, policy, stored, weight in product(*map(names, every)):
+        machine = compose(
+            catalogue,
+            gpu,
+            n_gpus=_count(count),
+            dram_limit_bytes=None if dram_gib is None else int(dram_gib * GIB),
+            disk=None if disk == "none" else disk,
+            network=None if network == "none" else network,
+        )
+        candidate = _checked(
+            machine=machine,
+            policy=policy,
+            stored=stored,
+            recompute_ratio=ratio,
+            engine=_engine(EngineMemory, {**engine, "weights": weight}),
+            overhead_s=overhead_ms / 1e3,
+        )
+        if not candidate.reuses:
+            key = f"{gpu} {count} {weight} {policy}"
+        else:
+            key = candidate.fingerprint()
+        found.setdefault(key, candidate)
+    if not found:
+        raise CacheTuneError("a question needs a candidate", remedy="name a GPU and a policy")
+    return list(found.values())
+
+
+def _checked(**fields: Any) -> Candidate:
+    from ..tuner.candidate import Candidate
+
+    return made(Candidate, fields, "the candidate")
+
+
+def _engine(kind: Any, fields: dict[str, Any]) -> Any:
+    return made(kind, fields, "the engine")
+
+
+def made(kind: Any, fields: dict[str, Any], what: str) -> Any:
+    from pydantic import ValidationError
+
+    from ..core.record import first_problem
+
+    try:
+        return kind(**fields)
+    except ValidationError as e:
+        text, got = first_problem(e)
+        raise CacheTuneError(f"{what}: {text}", values=got, remedy="correct the option") from None
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if not 1 <= count <= 64:
+        raise CacheTuneError("the number of GPUs must be 1 to 64", values=repr(text))
+    return count

@@ -1,0 +1,289 @@
+"use strict";
+// The page of one answer: filters, table, plots. The answer is JSON in #answer; no network.
+
+const answer = JSON.parse(document.getElementById("answer").textContent);
+const GROUPS = [["machine", "machine"], ["tiers", "tiers"], ["policy", "policy"],
+  ["stored", "stored format"], ["weights", "weights"]];
+const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d1f",
+  "#444444"];
+const slo = answer.question.slo;
+const base = answer.rows.find((r) => r.fingerprint === answer.best);
+let selected = (base || answer.rows[0]).fingerprint;
+
+const byId = (id) => document.getElementById(id);
+const values = (key) => [...new Set(answer.rows.map((r) => r[key]))];
+const number = (v, digits = 3) => (v === null || v === undefined || Number.isNaN(v)) ? "–"
+  : Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : Number(v.toPrecision(digits)).toString();
+const element = (tag, text, attributes = {}) => {
+  const made = document.createElement(tag);
+  if (text !== null) made.textContent = text;
+  for (const [k, v] of Object.entries(attributes)) made.setAttribute(k, v);
+  return made;
+};
+const policies = values("policy");
+const colourOf = (row) => COLOURS[policies.indexOf(row.policy) % COLOURS.length];
+const atLoad = (row) => row.fleet || row.at_capacity || {};
+const origin = (row, seed) => `run ${row.fingerprint}, ` +
+  (seed === undefined ? `seeds ${row.seeds.join(" ")}` : `seed ${seed}`);
+
+// -- filters: checked boxes, kept in the address so that a view can be sent on --------------------
+
+function readAddress() {
+  const found = {};
+  for (const part of location.hash.slice(1).split("&").filter(Boolean)) {
+    const [key, value] = part.split("=");
+    found[key] = decodeURIComponent(value || "").split("|");
+  }
+  return found;
+}
+
+function buildFilters() {
+  const wanted = readAddress();
+  for (const [key, title] of GROUPS) {
+    if (values(key).length < 2) continue;
+    const group = element("fieldset", null, { "data-key": key });
+    group.append(element("legend", title));
+    for (const value of values(key)) {
+      const label = element("label", null);
+      const box = element("input", null, { type: "checkbox", value });
+      box.checked = !wanted[key] || wanted[key].includes(value);
+      box.addEventListener("change", () => { writeAddress(); draw(); });
+      label.append(box, " " + value);
+      group.append(label);
+    }
+    byId("filters").append(group);
+  }
+  byId("filters").hidden = !byId("filters").children.length;
+}
+
+function checked() {
+  const found = {};
+  for (const group of byId("filters").querySelectorAll("fieldset")) {
+    found[group.dataset.key] = [...group.querySelectorAll("input:checked")].map((b) => b.value);
+  }
+  return found;
+}
+
+function writeAddress() {
+  const parts = [];
+  for (const [key, on] of Object.entries(checked())) {
+    if (on.length < values(key).length) parts.push(`${key}=${on.map(encodeURIComponent).join("|")}`);
+  }
+  history.replaceState(null, "", "#" + parts.join("&"));
+}
+
+function shown() {
+  const on = checked();
+  return answer.rows.filter((r) => Object.entries(on).every(([key, list]) => list.includes(r[key])));
+}
+
+// -- first screen ---------------------------------------------------------------------------------
+
+function buildCards() {
+  const cards = [];
+  if (base) {
+    const at = atLoad(base);
+    const target = answer.question.target_rps;
+    if (target) {
+      cards.push([number(base.replicas), `replicas for ${number(target)} req/s, simulated together`]);
+      cards.push(["$" + number(base.fleet_usd_per_h), "per hour, all replicas"]);
+    } else {
+      cards.push(["$" + number(base.usd_per_h), "per replica and hour"]);
+    }
+    cards.push(["$" + number(target ? base.fleet_usd_per_mtok : base.usd_per_mtok),
+      "per million tokens, prompt and output"]);
+    cards.push([number(base.capacity_rps) + " req/s", base.capacity_low_rps === null
+      ? "one replica carries (one seed: no interval)"
+      : `one replica carries; 95 %: ${number(base.capacity_low_rps)} to ${number(base.capacity_high_rps)}`]);
+    if (base.kernels_low_rps !== undefined) {
+      cards.push([`${number(base.kernels_low_rps)} – ${number(base.kernels_high_rps)}`,
+        "req/s with kernels at the ends of their 90 % interval"]);
+    }
+    cards.push([number(at.ttft_ms_p99) + " ms", `TTFT p99 (asked: ${number(slo.ttft_ms)} ms)`]);
+    cards.push([number(at.tpot_ms_p99) + " ms", `TPOT p99 (asked: ${number(slo.tpot_ms)} ms)`]);
+    if (base.usd_per_h === null) cards.splice(1, cards.length > 5 ? 2 : 1);
+  }
+  for (const [value, text] of cards) {
+    const card = element("div", null, { class: "card", title: origin(base) });
+    card.append(element("b", value), element("span", text));
+    byId("cards").append(card);
+  }
+}
+
+const COLUMNS = [
+  ["candidate", (r) => r.name, true],
+  ["kernels", (r) => r.kernels.split(" from ")[0], true],
+  ["capacity, req/s", (r) => number(r.capacity_rps)],
+  ["95 % interval", (r) => r.capacity_rps === undefined ? "–"
+    : `${number(r.capacity_low_rps)} – ${number(r.capacity_high_rps)}`],
+  ["kernels 90 %", (r) => r.kernels_low_rps === undefined ? "–"
+    : `${number(r.kernels_low_rps)} – ${number(r.kernels_high_rps)}`],
+  ["replicas", (r) => number(r.replicas)],
+  ["$ per hour", (r) => number(r.fleet_usd_per_h ?? r.usd_per_h)],
+  ["$ per M tokens", (r) => number(r.fleet_usd_per_mtok ?? r.usd_per_mtok)],
+  ["TTFT p99, ms", (r) => number(atLoad(r).ttft_ms_p99)],
+  ["TPOT p99, ms", (r) => number(atLoad(r).tpot_ms_p99)],
+  ["found in tiers", (r) => atLoad(r).loaded_share === undefined ? "–"
+    : Math.round(100 * Object.values(atLoad(r).loaded_share).reduce((a, b) => a + b, 0)) + " %"],
+];
+
+function drawTable(rows) {
+  const body = byId("rows");
+  body.replaceChildren();
+  const head = element("tr", null);
+  for (const [title, , text] of COLUMNS) head.append(element("th", title, text ? { class: "text" } : {}));
+  body.append(head);
+  for (const row of rows) {
+    const line = element("tr", null, { title: origin(row), "data-fingerprint": row.fingerprint });
+    line.classList.toggle("best", row.fingerprint === answer.best);
+    line.classList.toggle("selected", row.fingerprint === selected);
+    line.classList.toggle("cannot", Boolean(row.why_not));
+    for (const [, value, text] of COLUMNS) line.append(element("td", value(row), text ? { class: "text" } : {}));
+    line.addEventListener("click", () => { selected = row.fingerprint; draw(); });
+    body.append(line);
+    if (row.why_not || row.note) {
+      const why = element("tr", null, { class: "cannot" });
+      why.append(element("td", row.why_not || row.note, { class: "text", colspan: COLUMNS.length }));
+      body.append(why);
+    }
+  }
+}
+
+// -- plots ----------------------------------------------------------------------------------------
+
+const layout = (title, x, y, more = {}) => ({
+  title: { text: title, font: { size: 14 } }, margin: { t: 40, r: 12, l: 60, b: 48 },
+  xaxis: { title: { text: x }, automargin: true, zeroline: false, ...more.xaxis },
+  yaxis: { title: { text: y }, automargin: true, zeroline: false, ...more.yaxis },
+  legend: { orientation: "h", y: -0.22 }, hovermode: "closest", ...more.rest,
+});
+const plot = (id, traces, form) => Plotly.react(id, traces, form, { responsive: true, displayModeBar: false });
+
+// Colour is the policy, the symbol the machine; a policy has one entry in the legend.
+const LOG = { type: "log", dtick: "D2", tickformat: "~g" };
+const legendOf = (row, traces) => ({ name: row.policy, legendgroup: row.policy,
+  showlegend: !traces.some((t) => t.legendgroup === row.policy) });
+
+function drawCapacity(rows) {
+  const able = rows.filter((r) => r.capacity_rps !== undefined).slice().reverse();
+  const bar = {
+    type: "bar", orientation: "h", y: able.map((r) => r.name), x: able.map((r) => r.capacity_rps),
+    marker: { color: able.map(colourOf) },
+    error_x: {
+      type: "data", symmetric: false,
+      array: able.map((r) => (r.capacity_high_rps ?? r.capacity_rps) - r.capacity_rps),
+      arrayminus: able.map((r) => r.capacity_rps - (r.capacity_low_rps ?? r.capacity_rps)),
+    },
+    text: able.map((r) => origin(r)), textposition: "none",
+    hovertemplate: "%{y}<br>%{x:.3g} req/s<br>%{text}<extra></extra>",
+  };
+  plot("capacity", [bar], layout("What one replica carries (95 % over seeds)", "requests per second", "",
+    { rest: { height: Math.max(300, 90 + 34 * able.length) } }));
+}
+
+function frontOf(points) {
+  const sorted = points.slice().sort((a, b) => a.usd_per_mtok - b.usd_per_mtok || a.ttft_ms_p99 - b.ttft_ms_p99);
+  const front = [];
+  for (const p of sorted) if (!front.length || p.ttft_ms_p99 < front[front.length - 1].ttft_ms_p99) front.push(p);
+  return front;
+}
+
+function drawPareto(rows) {
+  const traces = [];
+  const all = [];
+  for (const row of rows) {
+    const points = (row.points || []).filter((p) => p.usd_per_mtok !== null);
+    all.push(...points);
+    traces.push({
+      type: "scatter", mode: "markers", x: points.map((p) => p.usd_per_mtok),
+      ...legendOf(row, traces), y: points.map((p) => p.ttft_ms_p99), marker: { color: colourOf(row), size: 7, opacity: 0.75,
+        symbol: values("machine").indexOf(row.machine) },
+      text: points.map((p) => `${number(p.rate_rps)} req/s, ${origin(row, p.seed)}`),
+      hovertemplate: "%{text}<br>$%{x:.3g} per M tokens<br>TTFT p99 %{y:.0f} ms<extra>" + row.name + "</extra>",
+    });
+  }
+  const front = frontOf(all);
+  traces.push({ type: "scatter", mode: "lines", name: "Pareto front", legendgroup: "front", x: front.map((p) => p.usd_per_mtok),
+    y: front.map((p) => p.ttft_ms_p99), line: { color: "#1b1f24", width: 1, shape: "hv" }, hoverinfo: "skip" });
+  plot("pareto", traces, layout("Cost against TTFT p99: runs that keep the level, Pareto front", "$ per million tokens",
+    "TTFT p99, ms", { xaxis: LOG, yaxis: LOG }));
+  document.body.dataset.front = front.length;
+}
+
+function drawLevel(rows) {
+  const traces = [];
+  for (const row of rows.filter((r) => r.trials)) {
+    const trials = row.trials.slice().sort((a, b) => a.rate_rps - b.rate_rps);
+    traces.push({
+      type: "scatter", mode: "markers", ...legendOf(row, traces), x: trials.map((t) => t.rate_rps),
+      y: trials.map((t) => 100 * t.good_share), marker: { color: colourOf(row),
+        symbol: values("machine").indexOf(row.machine) },
+      text: trials.map((t) => `${origin(row, t.seed)}, TTFT p99 ${number(t.metrics.ttft_ms_p99)} ms`),
+      hovertemplate: "%{x:.3g} req/s: %{y:.1f} %<br>%{text}<extra>" + row.name + "</extra>",
+    });
+  }
+  const asked = 100 * answer.question.attainment;
+  plot("level", traces, layout("Requests that keep the level, every run", "requests per second", "%",
+    { xaxis: LOG, rest: { shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1,
+      y0: asked, y1: asked, line: { dash: "dot", color: "#57606a" } }] } }));
+}
+
+function drawWhatIf() {
+  const effects = answer.what_if.filter((e) => e.ratio !== null);
+  effects.sort((a, b) => Math.abs(Math.log(a.ratio)) - Math.abs(Math.log(b.ratio)));
+  const bar = {
+    type: "bar", orientation: "h", y: effects.map((e) => e.what), x: effects.map((e) => 100 * (e.ratio - 1)),
+    marker: { color: effects.map((e) => e.ratio < 1 ? "#d55e00" : "#0072b2") },
+    error_x: { type: "data", symmetric: false, array: effects.map((e) => 100 * ((e.high ?? e.ratio) - e.ratio)),
+      arrayminus: effects.map((e) => 100 * (e.ratio - (e.low ?? e.ratio))) },
+    text: effects.map((e) => `${number(e.capacity_rps)} req/s, $${number(e.usd_per_mtok)} per M tokens, run ${e.fingerprint}`),
+    textposition: "none", hovertemplate: "%{y}: %{x:+.1f} %<br>%{text}<extra></extra>",
+  };
+  plot("whatif", [bar], layout("What if: capacity of the best, against now (paired, 95 %)", "% of capacity", "",
+    { rest: { height: Math.max(300, 90 + 30 * effects.length) } }));
+  for (const e of answer.what_if) if (e.ratio === null) byId("cannot").append(element("li", `${e.what}: ${e.why_not}`));
+}
+
+// -- where numbers come from ----------------------------------------------------------------------
+
+function fill(id, titles, lines) {
+  const body = byId(id);
+  body.replaceChildren();
+  const head = element("tr", null);
+  titles.forEach((t, i) => head.append(element("th", t, i === 1 ? {} : { class: "text" })));
+  body.append(head);
+  for (const cells of lines) {
+    const line = element("tr", null);
+    cells.forEach((c, i) => line.append(element("td", c, i === 1 ? {} : { class: "text" })));
+    body.append(line);
+  }
+}
+
+function drawOrigin() {
+  const row = answer.rows.find((r) => r.fingerprint === selected);
+  byId("of").textContent = `${row.name} (${origin(row)}; click another row to see its own)`;
+  const gib = (n) => (n / 2 ** 30).toFixed(2);
+  const memory = row.memory.map((m) => [m.what, gib(m.n_bytes), m.kind, m.source]);
+  memory.push([`KV, ${row.kv_tokens.toLocaleString("en")} tokens in all`,
+    gib(row.memory.reduce((sum, m) => sum + m.n_bytes, 0)), row.kv_source, ""]);
+  fill("memory", ["GPU memory", "GiB", "kind", "source"], memory);
+  fill("provenance", ["figure", "value", "kind", "source"],
+    row.provenance.map((p) => [`${p.row}: ${p.figure}`, number(p.value, 4), p.kind, p.source]));
+}
+
+function draw() {
+  const rows = shown();
+  drawTable(rows);
+  drawCapacity(rows);
+  drawPareto(rows);
+  drawLevel(rows);
+  drawOrigin();
+  document.body.dataset.shown = rows.length;
+}
+
+buildFilters();
+buildCards();
+draw();
+if (answer.what_if.length) drawWhatIf(); else byId("what-if").hidden = true;
+addEventListener("hashchange", () => { byId("filters").replaceChildren(); buildFilters(); draw(); });
+document.body.dataset.ready = "1";

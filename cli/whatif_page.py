@@ -1,0 +1,45 @@
+"""The page of an answer: one HTML file that holds its data, its script and the plotting library."""
+
+from __future__ import annotations
+
+import html
+import json
+from importlib.resources import files
+from typing import Any
+
+
+def page(answer: dict[str, Any]) -> str:
+    """HTML that needs no network; `cli/whatif_page.js` draws it."""
+    from plotly.offline import get_plotlyjs
+
+    folder = files(__package__)
+    style = folder.joinpath("whatif_page.css").read_text(encoding="utf-8")
+    script = folder.joinpath("whatif_page.js").read_text(encoding="utf-8")
+    data = json.dumps(answer, allow_nan=False).replace("</", "<\\/")  # would end the script
+    question = answer["question"]
+    traffic = ", ".join(f"{k} {v}" for k, v in answer["traffic"].items())
+    about = (
+        f"{question['model']['name']} · {traffic} · runs of "
+        f"{question['length']['horizon_s']:g} s, the first "
+        f"{100 * question['length']['warm_share']:g} % to warm the caches · "
+        f"{len(question['seeds'])} seeds · simulated by CacheTune {answer['version']}"
+    )
+    assumptions = "".join(f"<li>{html.escape(a)}" for a in answer["assumptions"])
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>CacheTune: what if</title>
+<style>{style}</style><body>
+<p class="what">{html.escape(about)}</p>
+<h1 id="sentence">{html.escape(answer["sentence"])}</h1>
+<div class="cards" id="cards"></div>
+<div class="filters" id="filters"></div>
+<div class="scroll"><table id="rows"></table></div>
+<div class="plots"><div class="plot" id="capacity"></div><div class="plot" id="pareto"></div>
+<div class="plot" id="level"></div>
+<div id="what-if"><div class="plot" id="whatif"></div><ul class="note" id="cannot"></ul></div></div>
+<h2>Where the numbers come from</h2><p class="note" id="of"></p>
+<div class="scroll"><table id="memory"></table></div>
+<div class="scroll"><table id="provenance"></table></div>
+<h2>Assumed</h2><ul class="note">{assumptions}</ul>
+<script type="application/json" id="answer">{data}</script>
+<script>{get_plotlyjs()}</script><script>{script}</script></body></html>
+"""

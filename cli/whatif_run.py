@@ -1,0 +1,253 @@
+"""Runs a question's sweeps, and writes the answer: a table, CSV, JSON, a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import CacheTuneError
+from .console import note, print_json_line, print_table, progress_bar, warn
+
+if TYPE_CHECKING:
+    from ..core.catalogue import Catalogue
+    from ..tuner.candidate import Candidate
+    from ..tuner.sensitivity import Change
+    from ..tuner.whatif import Question
+
+COLUMNS = (
+    "name", "capacity_rps", "low", "high", "replicas", "usd_per_h", "usd_per_mtok",
+    "ttft_ms_p99", "tpot_ms_p99",
+)  # fmt: skip
+
+
+def run(
+    question: Question,
+    chosen: Sequence[Candidate],
+    catalogue: Catalogue,
+    what_if: str | None,
+    workers: int,
+    backend: str,
+    out: Path,
+    fresh: bool,
+) -> None:
+    """Answer `question`; what --out has of it is taken, unless `fresh`.
+
+    Raises:
+        CacheTuneError: nothing can do it; says what is closest.
+        Interrupted: Ctrl-C, after writing what was there.
+    """
+    from ..tuner.sensitivity import changes, default_changes, effects, tasks
+    from ..tuner.sweep import Interrupted, sweep
+    from ..tuner.whatif import best, plan, task_of
+
+    journal = out / "journal.jsonl"
+    if fresh:
+        journal.unlink(missing_ok=True)
+    asked = [] if what_if is None else changes(what_if)
+    with progress_bar() as tell:
+
+        def swept(what: str, todo: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+            return sweep(
+                plan,
+                todo,
+                workers=workers,
+                backend=backend,
+                journal=journal,
+                on_done=lambda done, total: tell(what, done, total),
+            )
+
+        try:
+            rows = swept("candidates", [task_of(question, c) for c in chosen])
+        except Interrupted as e:
+            done = [row for row in e.results if row is not None]
+            if done:
+                _write(_answer(question, done, None, []), out)
+            note(f"{len(done)} of {len(chosen)} candidates kept in {out}; run again to go on")
+            raise
+        winner = best(rows, question.target_rps is not None)
+        found: list[dict[str, Any]] = []
+        if winner is not None:
+            of_winner = next(c for c in chosen if c.fingerprint() == winner["fingerprint"])
+            asked = asked if what_if is not None else default_changes(of_winner)
+            found = _effects(swept, asked, question, of_winner, catalogue, winner, tasks, effects)
+    answer = _answer(question, rows, winner, found)
+    _write(answer, out)
+    _print(answer, out)
+
+
+def _effects(
+    swept: Any,
+    asked: Sequence[Change],
+    question: Question,
+    of_winner: Candidate,
+    catalogue: Catalogue,
+    winner: Any,
+    tasks: Any,
+    effects: Any,
+) -> list[dict[str, Any]]:
+    from ..tuner.sweep import Interrupted
+
+    todo = tasks(asked, question, of_winner, catalogue)
+    try:
+        return list(effects(asked, swept("what if", todo), winner))
+    except Interrupted as e:
+        pairs = [(a, r) for a, r in zip(asked, e.results, strict=True) if r is not None]
+        note(f"{len(pairs)} of {len(asked)} what-ifs were done; run again to go on")
+        return list(effects([a for a, _ in pairs], [r for _, r in pairs], winner))
+
+
+def _answer(
+    question: Question, rows: Sequence[dict[str, Any]], winner: Any, found: list[dict[str, Any]]
+) -> dict[str, Any]:
+    from .. import __version__
+    from ..tuner.whatif import best, pareto
+
+    target = question.target_rps is not None
+    sure = best([r for r in rows if r["kernels"] == "measured"], target)
+    words = sentence(question, winner)
+    if winner is not None and sure is not None and winner["kernels"] != "measured":
+        words += f" Of GPUs whose kernels were measured: {_short(sure, target)}."
+    return {
+        "command": "whatif",
+        "version": __version__,
+        "sentence": words,
+        "question": question.model_dump(mode="json"),
+        "traffic": question.traffic.provenance,
+        "best": winner["fingerprint"] if winner else None,
+        "rows": list(rows),
+        "pareto": pareto(rows),
+        "what_if": found,
+        "assumptions": _assumptions(),
+    }
+
+
+def _assumptions() -> list[str]:
+    from ..tuner.candidate import HOST_BYTES, OVERHEAD_S
+
+    return [
+        f"{HOST_BYTES >> 30} GiB of each host's DRAM are not for KV (assumed)",
+        f"host time per step {1e3 * OVERHEAD_S:g} ms unless given (vLLM 0.19, one machine)",
+        "disks, memory and network come with the rented GPU unless they have a price",
+        "the capacity's interval is over samples of traffic; that of the kernels is apart, with "
+        "all kernels at one end of their 90 % interval",
+        "dollars per million tokens count prompt and output together",
+        "quality of answers is not simulated: hold the policy and ratio against its measurement",
+    ]
+
+
+def sentence(question: Question, winner: Any) -> str:
+    """The answer in words."""
+    slo, target = question.slo, question.target_rps
+    asked = (
+        f"TTFT ≤ {slo.ttft_ms:g} ms and TPOT ≤ {slo.tpot_ms:g} ms for "
+        f"{100 * question.attainment:g} % of requests"
+    )
+    model = question.model.name
+    if winner is None:
+        return f"None of the candidates serves {model} with {asked}."
+    what = winner["name"]
+    if winner["kernels"] != "measured":
+        what += f" (its kernels are {winner['kernels']}: mind the interval)"
+    rate = _between(winner["capacity_rps"], winner["capacity_low_rps"], winner["capacity_high_rps"])
+    one = f"one replica carries {rate} req/s"
+    if target is None:
+        cost = _dollars(winner["usd_per_mtok"], " per million tokens")
+        return f"Take {what}{cost}: {one} of {model} with {asked}."
+    cost = _dollars(winner["fleet_usd_per_h"], " per hour")
+    count = winner["replicas"]
+    plural = "replica" if count == 1 else "replicas"
+    return (
+        f"Take {count} {plural} of {what}{cost}: together they serve {model} at {target:.3g} req/s "
+        f"with {asked}; {one}."
+    )
+
+
+def _between(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3g}" if low is None else f"{value:.3g} ({low:.3g} to {high:.3g})"
+
+
+def _dollars(value: float | None, unit: str) -> str:
+    return "" if value is None else f", ${value:.3g}{unit}"
+
+
+def _short(row: Any, target: bool) -> str:
+    if not target:
+        return f"{row['name']}{_dollars(row['usd_per_mtok'], ' per million tokens')}"
+    return f"{row['replicas']} of {row['name']}{_dollars(row['fleet_usd_per_h'], ' per hour')}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as they are printed and written to the CSV."""
+    found = []
+    for row in rows:
+        at = row.get("fleet") or row.get("at_capacity") or {}
+        fleet = row.get("replicas") is not None
+        found.append(
+            {
+                **{k: row[k] for k in ("name", "machine", "tiers", "policy", "stored", "weights")},
+                "kernels": row["kernels"],
+                "capacity_rps": row.get("capacity_rps"),
+                "low": row.get("capacity_low_rps"),
+                "high": row.get("capacity_high_rps"),
+                "kernels_low": row.get("kernels_low_rps"),
+                "kernels_high": row.get("kernels_high_rps"),
+                "replicas": row.get("replicas"),
+                "usd_per_h": row.get("fleet_usd_per_h" if fleet else "usd_per_h"),
+                "usd_per_mtok": row.get("fleet_usd_per_mtok" if fleet else "usd_per_mtok"),
+                "ttft_ms_p99": at.get("ttft_ms_p99"),
+                "tpot_ms_p99": at.get("tpot_ms_p99"),
+                "loaded_share": sum(at.get("loaded_share", {}).values()) if at else None,
+                "kv_tokens": row["kv_tokens"],
+                "kv_source": row["kv_source"],
+                "fingerprint": row["fingerprint"],
+                "seeds": " ".join(map(str, row["seeds"])),
+                "why_not": row["why_not"],
+            }
+        )
+    return found
+
+
+def _write(answer: dict[str, Any], out: Path) -> None:
+    from ..core.record import write_atomic
+    from .whatif_page import page
+
+    rows = table(answer["rows"])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(out / "whatif.csv", text.getvalue().encode())
+    write_atomic(out / "whatif.json", (json.dumps(answer, allow_nan=False) + "\n").encode())
+    write_atomic(out / "whatif.html", page(answer).encode())
+
+
+def _print(answer: dict[str, Any], out: Path) -> None:
+    rows = table(answer["rows"])
+    print_table([r for r in rows if not r["why_not"]] or rows, COLUMNS)
+    for row in answer["rows"]:
+        if text := row["why_not"] or row["note"]:
+            note(f"{row['name']}: {text}")
+    for text in dict.fromkeys(row.get("no_price", "") for row in answer["rows"]):
+        if text:
+            warn(text)
+    if answer["what_if"]:
+        print_table(answer["what_if"], ("what", "ratio", "low", "high", "capacity_rps", "why_not"))
+    print(answer["sentence"])
+    note(f"page: {out / 'whatif.html'}")
+    if answer["best"] is None:
+        raise CacheTuneError("a candidate must be able to do it", **_nearest_miss(answer["rows"]))
+    keep = ("command", "sentence", "best", "pareto", "what_if")
+    short = {k: answer[k] for k in keep}
+    print_json_line({**short, "rows": rows})
+
+
+def _nearest_miss(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    row = max(rows, key=lambda r: r.get("closest_good_share", -1.0))
+    remedy = "loosen the SLO, or name other machines, policies or formats"
+    if "closest_good_share" not in row:  # its own remedy is in its words
+        remedy = ""
+    return {"values": f"closest is {row['name']}: {row['why_not']}", "remedy": remedy}

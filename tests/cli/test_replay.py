@@ -1,0 +1,62 @@
+"""`cachetune replay`: a trace in, a fleet's answer out; one life as a Chrome trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .file_cases import Run
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Twenty requests over shared blocks, in Mooncake's format."""
+    rows = [
+        {
+            "timestamp": 200 * i,
+            "input_length": 2064 + 16 * i,
+            "output_length": 8,
+            "hash_ids": [0, 1, 2, 3, 100 + i],
+        }
+        for i in range(20)
+    ]
+    path = tmp_path / "small.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    return path
+
+
+def test_a_replay_says_what_happened_and_shows_one_life(
+    run: Run, trace: Path, tmp_path: Path
+) -> None:
+    rows, life = tmp_path / "rows.csv", tmp_path / "life.json"
+    status, out, _ = run("replay", trace, "--life", 3, "--trace", life, "--out", rows)
+    assert status == 0
+    said = json.loads(out.strip().splitlines()[-1])
+    assert said["n_requests"] == said["n_ended"] == 20
+    assert said["littles_law_n_mean"] == pytest.approx(said["littles_law_rate_x_time"])
+    assert len(rows.read_text().splitlines()) == 21
+    names = {e["name"].split()[0] for e in json.loads(life.read_text())["traceEvents"]}
+    assert {"prefill", "decode"} <= names
+    again = json.loads(run("replay", trace)[1].strip().splitlines()[-1])
+    assert again["ttft_ms_p99"] == said["ttft_ms_p99"], "being watched changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--life", 20, "rows 0 to 19"),
+        ("--gpu", "H1000", "H100"),
+        ("--eviction", "oldest", "lru"),
+        ("--model", "Llama-9", "Llama"),
+        ("--slo", "ttft=1", "ttft_ms"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    run: Run, trace: Path, option: str, value: object, says: str
+) -> None:
+    status, out, err = run("replay", trace, option, value)
+    assert (status, out) == (2, "")
+    assert says in err
+    assert len(err.strip().splitlines()) == 1

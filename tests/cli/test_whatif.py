@@ -1,0 +1,187 @@
+"""`cachetune whatif` and `catalogue`: answers, files, the page in a browser, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cachetune.cli import main
+
+from .file_cases import Run
+
+SMALL = (
+    "whatif", "--model", "Llama-3.1-8B", "--gpu", "H100-SXM", "--policy", "cachetune",
+    "--traffic", "rag:rate=4,passages=200,tokens=512,chunks=8,output=16",
+    "--slo", "ttft_ms=400,tpot_ms=50", "--seeds", "2", "--horizon", "10", "--max-requests", "160",
+)  # fmt: skip
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(autouse=True)
+def commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = (*main.COMMANDS, "whatif", "catalogue")
+    monkeypatch.setattr(main, "COMMANDS", tuple(dict.fromkeys(both)))
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One answer for several tests: two policies, two formats, a what-if."""
+    out = tmp_path_factory.mktemp("whatif")
+    argv = [*SMALL, "--policy", "full_recompute,cachetune", "--format", "bf16,int4"]
+    argv += ["--what-if", "shared=0.5,disk=hdd-7200", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(main, "COMMANDS", (*main.COMMANDS, "whatif"))
+        with pytest.raises(SystemExit) as stop:
+            main.main(argv)
+    assert stop.value.code == 0
+    return out
+
+
+def test_the_answer_is_a_sentence_a_table_and_files(answered: Path):
+    answer = json.loads((answered / "whatif.json").read_text())
+    assert answer["sentence"].startswith("Take 1 replica of H100-SXM")
+    assert len(answer["rows"]) == 3  # full recompute has no stored format
+    with open(answered / "whatif.csv") as f:
+        table = list(csv.DictReader(f))
+    assert [r["fingerprint"] for r in table] == [r["fingerprint"] for r in answer["rows"]]
+    for row in answer["rows"]:
+        assert row["capacity_low_rps"] <= row["capacity_rps"] <= row["capacity_high_rps"]
+        assert row["kernels_low_rps"] <= row["capacity_rps"] * 1.1
+        assert (row["replicas"] - 1) * row["capacity_low_rps"] < 4.0  # the rate that was asked for
+        assert row["replicas"] * row["capacity_high_rps"] >= 4.0
+        assert row["fleet_good_share"] >= 0.99
+        assert row["seeds"] == [0, 1] and all(p["source"] for p in row["provenance"])
+        for trial in row["trials"]:
+            n, by_law = trial["metrics"]["littles_law"]
+            assert n == pytest.approx(by_law, rel=1e-6)
+    full, bf16, _ = answer["rows"]
+    assert bf16["capacity_rps"] > full["capacity_rps"]
+    shared, disk = answer["what_if"]
+    assert shared["ratio"] < 1.0 and disk["ratio"] == pytest.approx(1.0, abs=0.05)
+    costs = [p["usd_per_mtok"] for p in answer["pareto"]]
+    assert costs == sorted(costs) and len(answer["pareto"]) >= 1
+
+
+def test_a_second_run_takes_the_first_one_s_results(answered: Path, run: Run, tmp_path: Path):
+    out = tmp_path / "again"
+    shutil.copytree(answered, out)
+    argv = [*SMALL, "--policy", "full_recompute,cachetune", "--format", "bf16,int4"]
+    begin = time.process_time()
+    status, _, _ = run(*argv, "--what-if", "shared=0.5,disk=hdd-7200", "--out", out)
+    assert status == 0 and time.process_time() - begin < 2.0
+    for name in ("whatif.json", "whatif.csv", "journal.jsonl"):
+        assert (out / name).read_bytes() == (answered / name).read_bytes()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_page_answers_and_filters_in_a_browser(answered: Path):
+    def dom(address: str) -> str:
+        done = subprocess.run(
+            [
+                str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu",
+                "--virtual-time-budget=8000", "--host-resolver-rules=MAP * ~NOTFOUND",
+                "--enable-logging=stderr", "--dump-dom", f"file://{answered}/whatif.html{address}",
+            ],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert "Uncaught" not in done.stderr, done.stderr[-2000:]
+        return done.stdout
+
+    whole = dom("")
+    sentence = json.loads((answered / "whatif.json").read_text())["sentence"]
+    assert sentence in whole and 'data-ready="1"' in whole and 'data-shown="3"' in whole
+    assert whole.count('class="plot js-plotly-plot"') == 4 and whole.count("data-fingerprint=") == 3
+    one = dom("#policy=cachetune&stored=int4")
+    assert 'data-shown="1"' in one and one.count("data-fingerprint=") == 1
+    text = (answered / "whatif.html").read_text()
+    assert "<script src" not in text and "<link" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--gpu", "H100"), "did you mean H100-PCIe or H100-SXM"),
+        (("--disk", "nvme"), "did you mean nvme-gen3"),
+        (("--model", "Lama-8B"), "Llama-3.1-8B"),
+        (("--slo", "ttft_ms=100"), "ttft_ms and tpot_ms"),
+        (("--slo", "ttft_ms=0,tpot_ms=1"), "got 'ttft_ms=0'"),
+        (("--slo", "ttft_ms=1,tpot_ms=1,share=2"), "at most 1"),
+        (("--traffic", "rag:passage=3"), "got 'passage=3'"),
+        (("--traffic", "nothing.jsonl"), "regular file"),
+        (("--traffic", "rag:chunks=8,tokens=20000"), "positions of the model"),
+        (("--policy", "magic"), "the candidate: policy"),
+        (("--format", "int3"), "the candidate: stored"),
+        (("--weights", "int4"), "weights must be bfloat16 or fp8"),
+        (("--price", "H100-SXM=-1"), "NAME=USD_PER_H"),
+        (("--price", "H100=1"), "did you mean"),
+        (("--what-if", "colour=red"), "a what-if must be one of"),
+        (("--target-rps", "-1"), "greater than 0"),
+        (("--n-gpus", "0"), "1 to 64"),
+        (("--n-gpus", "3"), "must divide"),
+        (("--backend", "threads"), "processes, ray"),
+        (("--model", "Llama-3.1-70B"), "would fit: fp8 weights; 2 x H100-SXM"),
+        (("--slo", "ttft_ms=1,tpot_ms=1"), "closest"),
+    ],
+)
+def test_bad_input_is_one_line(options: tuple[str, str], says: str, run: Run, tmp_path: Path):
+    status, _, err = (
+        run(*SMALL, *options, "--what-if", "", "--out", tmp_path)
+        if "--what-if" not in options
+        else run(*SMALL, *options, "--out", tmp_path)
+    )
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and last.startswith("cachetune: ") and says in last, err
+
+
+def test_a_machine_without_a_price_is_answered_without_cost(run: Run, tmp_path: Path):
+    argv = [*SMALL, "--gpu", "GH200", "--what-if", "", "--seeds", "1", "--out", tmp_path]
+    status, out, err = run(*argv)
+    assert status == 0 and "--price GH200=USD_PER_H" in err and "$" not in out
+    status, out, err = run(*argv, "--price", "gh200=2.5")
+    assert status == 0 and "--price" not in err and "$2.5 per hour" in out
+
+
+def test_ctrl_c_keeps_what_was_computed(tmp_path: Path):
+    program = "from cachetune.cli import main as m; m.COMMANDS = (*m.COMMANDS, 'whatif')\n"
+    program += "import sys; m.main(sys.argv[1:])"
+    argv = [*SMALL, "--policy", "full_recompute,cachetune,epic,full_reuse,prefix_cache"]
+    argv += ["--format", "bf16,int8,int4,int2", "--seeds", "4", "--out", str(tmp_path)]
+    path = os.pathsep.join(p for p in sys.path if p)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *argv],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    journal = tmp_path / "journal.jsonl"
+    until = time.monotonic() + 60
+    while not (journal.exists() and journal.read_text().count("\n")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run again to go on" in err and "Traceback" not in err
+    n = journal.read_text().count("\n")
+    assert 1 <= n < 17
+    assert len(json.loads((tmp_path / "whatif.json").read_text())["rows"]) == n
+
+
+def test_the_catalogue_is_listed_and_shown(run: Run, tmp_path: Path):
+    status, out, _ = run("catalogue", "list")
+    assert status == 0 and json.loads(out.splitlines()[-1])["rows"] > 30
+    status, out, _ = run("catalogue", "show", "mi300x")
+    assert status == 0 and "borrowed from" in out and "bf16_flops used" in out
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"disks": {"hdd-7200": {"read_bytes_per_s": 2.5e8}}}')
+    status, out, _ = run("catalogue", "show", "hdd-7200", "--catalogue", mine)
+    assert status == 0 and "user" in out and json.loads(out.splitlines()[-1])["name"] == "hdd-7200"
+    status, _, err = run("catalogue", "show", "hdd")
+    assert status == 2 and "hdd-7200" in err

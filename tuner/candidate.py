@@ -1,0 +1,256 @@
+"""A candidate of capacity planning: a machine, a policy and a stored format, ready to simulate."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..core.catalogue import GpuRow
+from ..core.errors import ProfileError
+from ..core.machine_spec import MachineSpec
+from ..core.memory_sum import EngineMemory, MemorySum, memory_sum
+from ..core.model_spec import ModelSpec
+from ..core.record import Record
+from ..core.units import GIB
+from ..core.workload import Slo
+from ..simulator.gpu_sheet import GpuSheet, gpu_sheet, gpu_sheets, key_of
+from ..simulator.kernel_cost import KernelCost, kernel_document, nearest_fit
+from ..simulator.model_cost import ModelCost
+from ..simulator.serving_fleet import (
+    Fleet,
+    ReplicaSpec,
+    ReuseName,
+    ReusePolicy,
+    RouterName,
+    ServingLimits,
+    TierEviction,
+    TierSpec,
+)
+from ..simulator.step_tables import StepTables
+
+StoredFormat = Literal["bf16", "int8", "int4", "int2"]
+
+STORED_BITS: dict[str, float] = {"bf16": 16, "int8": 8.5, "int4": 5, "int2": 3}
+"""Per value: codes, and an fp16 scale and zero for each 64 (int8) or 32 (int4, int2) of them."""
+
+HOST_BYTES = 32 * GIB
+"""Of a machine's DRAM that is not for KV: system, engine, buffers. Assumed."""
+OVERHEAD_S = 0.8e-3
+"""Host time per step: vLLM 0.19 on the RTX PRO 6000 run of LLMServingSim; fit your own engine's."""
+RESTORE_TOKENS = 4096
+"""Tokens over which the cost of restoring is taken."""
+
+
+class Candidate(Record):
+    """What may be bought and how it would be run; one replica of it."""
+
+    machine: MachineSpec
+    policy: ReuseName = "cachetune"
+    stored: StoredFormat = "bf16"
+    recompute_ratio: float = Field(default=0.15, ge=0, le=1)
+    break_even: bool = True
+    """Whether a policy with a ratio computes what lies in a tier from which loading a token takes
+    longer than computing it, as a tuned plan would."""
+    epic_tokens: int = Field(default=16, ge=0)
+    engine: EngineMemory = EngineMemory()
+    eviction: TierEviction = "lru"
+    router: RouterName = "least_load"
+    overhead_s: float = Field(default=OVERHEAD_S, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Candidate:
+        if self.engine.weights == "int4" or self.engine.kv == "fp8":
+            raise ValueError(
+                "weights must be bfloat16 or fp8 and KV in GPU memory bfloat16, the kernels that "
+                f"were measured, got {self.engine.weights} and {self.engine.kv}"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """In words, for tables and plots."""
+        gpu = self.machine.gpu.name
+        count = f"{self.machine.n_gpus}x" if self.machine.n_gpus > 1 else ""
+        weights = "" if self.engine.weights == "bfloat16" else f" {self.engine.weights}"
+        parts = [f"{count}{gpu}{weights}", self.tier_name]
+        return " · ".join([*parts, self.policy, *([self.stored] if self.reuses else [])])
+
+    @property
+    def tier_name(self) -> str:
+        """Where chunks lie, in words."""
+        if not self.reuses:
+            return "no tiers"
+        disk, network = self.machine.disk, self.machine.network
+        return "+".join(
+            ["dram", *([disk.name] if disk else []), *([network.name] if network else [])]
+        )
+
+    @property
+    def reuses(self) -> bool:
+        """Whether the policy keeps chunks outside GPU memory."""
+        return self.policy != "full_recompute"
+
+    def memory(self, model: ModelSpec) -> MemorySum:
+        """Where GPU memory goes."""
+        return memory_sum(model, self.machine.gpu, self.machine.n_gpus, self.engine)
+
+    def kv_bytes_per_token(self, model: ModelSpec) -> int:
+        """Of a stored token, all layers, in the stored format."""
+        return round(model.kv_bytes_per_token * STORED_BITS[self.stored] / 16)
+
+    def cost(self, model: ModelSpec) -> StepTables:
+        """Seconds of steps of a replica; the same object for the same machine and model."""
+        machine, weights = self.machine, self.engine.weights
+        return _cost(machine.gpu, machine.n_gpus, model, weights, self.overhead_s)
+
+    def fleet(self, model: ModelSpec, slo: Slo, n_replicas: int = 1) -> Fleet:
+        """Equal replicas of this, with its tiers."""
+        limits = ServingLimits(
+            max_num_seqs=self.engine.max_num_seqs,
+            max_num_batched_tokens=self.engine.max_num_batched_tokens,
+            n_blocks=self.memory(model).n_blocks,
+            block_size=self.engine.block_tokens,
+        )
+        machine = self.machine
+        replica = ReplicaSpec(
+            limits=limits,
+            tiers=tiers_of(machine, self.eviction) if self.reuses else (),
+            host_link_bytes_per_s=machine.link.h2d_bytes_per_s.value * machine.n_gpus,
+        )
+        policy = ReusePolicy(
+            name=self.policy,
+            kv_bytes_per_token=self.kv_bytes_per_token(model),
+            n_layers=model.n_layers,
+            recompute_ratio=self._ratios(model, replica.tiers),
+            epic_tokens=self.epic_tokens,
+            restore_s_per_token=self._restore_s_per_token(model),
+        )
+        return Fleet(
+            policy=policy,
+            replica=replica,
+            n_replicas=n_replicas,
+            router=self.router,
+            slo={"*": slo},
+        )
+
+    def _ratios(self, model: ModelSpec, tiers: tuple[TierSpec, ...]) -> dict[str, float]:
+        """The ratio, and 1 for tiers beyond break-even."""
+        n = self.engine.max_num_batched_tokens
+        token_s = self.cost(model).step_s([(n, 0)], 0, 0) / n
+        found = {"*": self.recompute_ratio}
+        for tier in tiers:
+            load_s = self.kv_bytes_per_token(model) / tier.read_bytes_per_s
+            if self.break_even and load_s > token_s:
+                found[tier.name] = 1.0
+        return found
+
+    def _restore_s_per_token(self, model: ModelSpec) -> float:
+        """Read the stored form, write bfloat16, at the rate of elementwise kernels."""
+        cost = self.cost(model).cost
+        moved = (self.kv_bytes_per_token(model) + model.kv_bytes_per_token) / model.n_layers
+        per_gpu = moved * RESTORE_TOKENS / cost.tp
+        return model.n_layers * cost.kernels.elementwise_s(per_gpu) / RESTORE_TOKENS
+
+
+def tiers_of(machine: MachineSpec, eviction: TierEviction = "lru") -> tuple[TierSpec, ...]:
+    """DRAM, then the disk, then the store behind the network that all replicas share."""
+    link, n = machine.link, machine.n_gpus
+    dram_rate = machine.dram.read_bytes_per_s.value
+    tiers = [
+        TierSpec(
+            name="dram",
+            capacity_bytes=max(GIB, machine.dram_bytes - HOST_BYTES),
+            read_bytes_per_s=dram_rate,
+            write_bytes_per_s=min(dram_rate, link.d2h_bytes_per_s.value * n),
+            latency_s=link.copy_overhead_s.value,
+            iops=n / link.copy_overhead_s.value,
+            eviction=eviction,
+        )
+    ]
+    if machine.disk:
+        disk, k = machine.disk, machine.n_disks
+        tiers.append(
+            TierSpec(
+                name=disk.name,
+                capacity_bytes=machine.disk_bytes,
+                read_bytes_per_s=disk.read_bytes_per_s.value * k,
+                write_bytes_per_s=disk.write_bytes_per_s.value * k,
+                latency_s=disk.read_latency_s.value,
+                iops=disk.read_iops.value * k,
+                eviction=eviction,
+            )
+        )
+    if machine.network:
+        network = machine.network
+        tiers.append(
+            TierSpec(
+                name=network.name,
+                read_bytes_per_s=network.read_bytes_per_s.value,
+                write_bytes_per_s=network.read_bytes_per_s.value,
+                latency_s=network.latency_s.value,
+                eviction=eviction,
+                shared=True,
+            )
+        )
+    return tuple(tiers)
+
+
+@lru_cache(maxsize=32)
+def _cost(
+    gpu: GpuRow, n_gpus: int, model: ModelSpec, weights: str, overhead_s: float
+) -> StepTables:
+    kernels = KernelCost.load(sheet_of(gpu))
+    dtype = None if weights == "bfloat16" else weights
+    return StepTables(ModelCost(model, kernels, n_gpus, dtype), overhead_s)
+
+
+def sheet_of(gpu: GpuRow) -> GpuSheet:
+    """Data sheet of a catalogue row, its matmul peak corrected where nobody measured its kernels.
+
+    Such a GPU borrows the kernels of its nearest neighbour. Where the best matmul of both is known,
+    its peak is set so that what it borrows ends at what it was seen to reach.
+
+    Raises:
+        ProfileError: neither a shipped sheet nor peaks of its own.
+    """
+    sheet = data_sheet_of(gpu)
+    if kernel_document(gpu.name) is not None or gpu.matmul_flops is None:
+        return sheet
+    from ..core.catalogue import load_catalogue
+
+    donor = nearest_fit("gemm.bfloat16", sheet)[1]
+    row = load_catalogue().gpus.get(donor or "")
+    if row is None or row.matmul_flops is None:
+        return sheet
+    reached = row.matmul_flops.value / gpu_sheet(row.name).bf16_flops
+    scale = gpu.matmul_flops.value / reached / sheet.bf16_flops
+    fp8 = sheet.fp8_flops * scale if sheet.fp8_flops else None
+    return sheet.replace(bf16_flops=sheet.bf16_flops * scale, fp8_flops=fp8)
+
+
+def data_sheet_of(gpu: GpuRow) -> GpuSheet:
+    """The shipped sheet of a catalogue row, or one of its own peaks; raises as `sheet_of` does."""
+    shipped = {key_of(n): s for n, s in gpu_sheets().items()}.get(key_of(gpu.name))
+    if gpu.peaks is not None:
+        return GpuSheet(name=gpu.name, source="catalogue file", **gpu.peaks.model_dump())
+    if shipped is None:
+        raise ProfileError(
+            "a GPU needs a data sheet",
+            values=f"none for {gpu.name}",
+            remedy="give its peaks in the catalogue file: bf16_flops, memory_bytes_per_s, n_sms, "
+            "link_bytes_per_s",
+        )
+    return shipped
+
+
+def kernels_of(gpu: GpuRow) -> list[dict[str, Any]]:
+    """Where each kind of kernel comes from: measured on this GPU, or borrowed from another."""
+    found = []
+    for kind in ("gemm.bfloat16", "prefill", "decode", "elementwise"):
+        fit, donor = nearest_fit(kind, sheet_of(gpu))
+        what = "measured" if donor is None else f"borrowed from {donor}"
+        found.append({"row": gpu.name, "figure": f"kernels {kind}", "value": fit.n_rows})
+        found[-1] |= {"kind": what, "source": fit.source}
+    return found

@@ -1,0 +1,110 @@
+"""One simulated run of a candidate at a rate, judged against a service level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from ..core.model_spec import ModelSpec
+from ..core.record import Record
+from ..core.units import NS_PER_S
+from ..core.workload import Slo
+from ..simulator.serving import serve_trace
+from ..simulator.serving_result import ServingResult
+from ..simulator.step_tables import StepTables
+from .candidate import Candidate
+from .capacity import Trial
+from .traffic import Traffic
+from .warm_start import warm_snapshot
+
+STABLE_SHARE = 0.95
+"""A run whose requests leave more slowly than this share of how they came is overloaded."""
+ENDED_SHARE = 0.75
+"""Of a run's requests that have ended when the last one comes; fewer show a burst, not a rate."""
+
+
+class RunLength(Record):
+    """How much traffic one run has."""
+
+    horizon_s: float = Field(default=120.0, gt=0)
+    min_requests: int = Field(default=400, ge=20)
+    max_requests: int = Field(default=6000, ge=20)
+    warm_share: float = Field(default=0.2, ge=0, lt=1)
+    """First part of each run, which is not judged. Traffic without an order (rag) begins with the
+    tiers that long traffic leaves; other traffic has this part to fill them."""
+
+    def n_requests(self, rate_rps: float) -> int:
+        """Requests of a run at this rate."""
+        wanted = round(rate_rps * self.horizon_s)
+        return max(self.min_requests, min(self.max_requests, wanted))
+
+
+def evaluate(
+    candidate: Candidate,
+    model: ModelSpec,
+    slo: Slo,
+    traffic: Traffic,
+    length: RunLength,
+    rate_rps: float,
+    seed: int,
+    *,
+    n_replicas: int = 1,
+    cost: StepTables | None = None,
+) -> Trial:
+    """Serve `traffic` at a rate and judge what came after the caches were warm."""
+    n_requests = max(length.n_requests(rate_rps), length.min_requests * n_replicas)
+    table = traffic.table(n_requests, rate_rps, seed)
+    fleet = candidate.fleet(model, slo, n_replicas)
+    before = traffic.before(n_requests, seed) if candidate.policy != "prefix_cache" else None
+    result = serve_trace(
+        table,
+        fleet,
+        cost or candidate.cost(model),
+        seed=seed,
+        snapshot=warm_snapshot(before, fleet) if before is not None else None,
+    )
+    judged = np.arange(len(result)) >= int(length.warm_share * len(result))
+    tpot = np.nan_to_num(result.tpot_ms)
+    good = (result.ttft_ms <= slo.ttft_ms) & (tpot <= slo.tpot_ms)
+    return Trial(
+        rate_rps=rate_rps,
+        seed=seed,
+        good_share=float(good[judged].mean()),
+        stable=_leaves_as_it_comes(result),
+        metrics=_metrics(result, judged),
+    )
+
+
+def _leaves_as_it_comes(result: ServingResult) -> bool:
+    came_s = float(np.ptp(result.arrival_ns)) / NS_PER_S
+    left_s = result.duration_s - float(np.median(result.e2e_ms)) / 1e3
+    ended = float((result.end_ns <= result.arrival_ns.max()).mean())
+    return left_s * STABLE_SHARE <= max(came_s, 1e-9) and ended >= ENDED_SHARE
+
+
+def _metrics(result: ServingResult, judged: NDArray[np.bool_]) -> dict[str, Any]:
+    table = result.table
+    span_s = max(float(np.ptp(result.end_ns[judged])) / NS_PER_S, 1e-9)
+    prompt = int(table.prompt_tokens[judged].sum(dtype=np.int64))
+    output = int(table.output_tokens[judged].sum(dtype=np.int64))
+    loaded = result.loaded_tokens[judged].sum(axis=0) / prompt
+    law = result.littles_law()
+    found: dict[str, Any] = {
+        "n_requests": len(result),
+        "prompt_tokens_per_s": prompt / span_s,
+        "output_tokens_per_s": output / span_s,
+        "gpu_hit_share": float(result.gpu_tokens[judged].sum()) / prompt,
+        "loaded_share": {n: float(v) for n, v in zip(result.tier_names, loaded, strict=True)},
+        "recomputed_share": float(result.recomputed_tokens[judged].sum()) / prompt,
+        "utilisation": float(result.busy_ns.mean()) / NS_PER_S / max(result.duration_s, 1e-9),
+        "n_preemptions": int(result.n_preemptions.sum()),
+        "littles_law": list(law),
+    }
+    for name, values in (("ttft_ms", result.ttft_ms), ("tpot_ms", result.tpot_ms)):
+        values = values[judged & ~np.isnan(values)]
+        p50, p99 = np.percentile(values, (50, 99)) if len(values) else (0.0, 0.0)
+        found |= {f"{name}_p50": float(p50), f"{name}_p99": float(p99)}
+    return found

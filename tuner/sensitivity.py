@@ -1,0 +1,155 @@
+"""What if: one thing of a candidate or of its traffic changed, the rest and the requests the same.
+
+changes("disk=hdd-7200, shared=0.5, stored=int4", question, candidate, catalogue)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.catalogue import Catalogue
+from ..core.errors import CacheTuneError
+from ..core.machine_spec import DEFAULT_DRAM
+from ..core.units import GIB
+from .candidate import STORED_BITS, Candidate
+from .capacity import interval
+from .whatif import Question, task_of
+
+KNOBS = (
+    "gpu", "n_gpus", "link", "dram", "dram_gib", "disk", "network", "policy", "stored", "weights",
+    "ratio", "shared", "eviction",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """One question of the kind: what if `knob` were `value`?"""
+
+    text: str
+    knob: str
+    value: str
+
+    def apply(
+        self, question: Question, candidate: Candidate, catalogue: Catalogue
+    ) -> tuple[Question, Candidate]:
+        """Both, changed.
+
+        Raises:
+            CacheTuneError: a value that the knob cannot have; unknown names with the nearest.
+        """
+        if self.knob == "shared":
+            traffic = question.traffic.replace(shared=_number(self))
+            return question.replace(traffic=traffic), candidate
+        machine = candidate.machine
+        if self.knob in ("policy", "stored", "eviction"):
+            candidate = _replaced(candidate, self, **{self.knob: self.value})
+        elif self.knob == "ratio":
+            candidate = _replaced(candidate, self, recompute_ratio=_number(self))
+        elif self.knob == "weights":
+            engine = _replaced(candidate.engine, self, weights=self.value)
+            candidate = _replaced(candidate, self, engine=engine)
+        elif self.knob == "dram_gib":
+            n_bytes = int(_number(self) * GIB)
+            candidate = candidate.replace(
+                machine=_replaced(machine, self, dram_limit_bytes=n_bytes)
+            )
+        elif self.knob == "n_gpus":
+            changed = _replaced(machine, self, n_gpus=int(_number(self)))
+            candidate = candidate.replace(machine=changed)
+        elif self.knob == "gpu":
+            row = catalogue.gpu(self.value)
+            link = catalogue.link(row.link)
+            dram = catalogue.dram(DEFAULT_DRAM.get(link.name, "ddr5-4800"))
+            candidate = candidate.replace(machine=machine.replace(gpu=row, link=link, dram=dram))
+        else:
+            row = None if self.value == "none" else getattr(catalogue, self.knob)(self.value)
+            candidate = candidate.replace(machine=_replaced(machine, self, **{self.knob: row}))
+        return question, candidate
+
+
+def changes(text: str) -> list[Change]:
+    """`knob=value` pairs, by commas.
+
+    Raises:
+        CacheTuneError: an unknown knob, or no value.
+    """
+    found = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        knob, _, value = (p.strip() for p in part.partition("="))
+        if knob not in KNOBS or not value:
+            raise CacheTuneError(
+                f"a what-if must be one of {', '.join(KNOBS)}, with a value",
+                values=repr(part),
+                remedy="for example disk=hdd-7200,shared=0.5,stored=int4",
+            )
+        found.append(Change(part, knob, value))
+    return found
+
+
+def default_changes(candidate: Candidate) -> list[Change]:
+    """The questions people ask first, those that would change this candidate."""
+    asked = ["shared=0.5", "shared=0"]
+    if candidate.reuses:
+        asked += [f"disk={d}" for d in ("hdd-7200", "sata-ssd", "nvme-gen5")]
+        asked += [f"stored={s}" for s in STORED_BITS if s != "int2"]
+        asked += ["ratio=0.05", "ratio=0.3", "dram=ddr4-3200"]
+        disk = candidate.machine.disk
+        now = {f"stored={candidate.stored}", f"disk={disk.name if disk else 'none'}"}
+        asked = [a for a in asked if a not in now]
+    asked += ["weights=fp8"] if candidate.engine.weights != "fp8" else []
+    return changes(",".join(asked))
+
+
+def tasks(
+    asked: Sequence[Change], question: Question, candidate: Candidate, catalogue: Catalogue
+) -> list[dict[str, Any]]:
+    """One task per change, without the fleet for the target: capacities are compared."""
+    alone = question.replace(target_rps=None, kernel_band=False)
+    return [task_of(*change.apply(alone, candidate, catalogue)) for change in asked]
+
+
+def effects(
+    asked: Sequence[Change], rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Capacity with each change over that without, seed by seed, with a 95 % interval."""
+    found = []
+    for change, row in zip(asked, rows, strict=True):
+        effect: dict[str, Any] = {"what": change.text, "fingerprint": row["fingerprint"]}
+        if row["why_not"]:
+            effect |= {"ratio": None, "low": None, "high": None, "why_not": row["why_not"]}
+        else:
+            mine, theirs = row["capacity_by_seed"], base["capacity_by_seed"]
+            estimate = interval([mine[s] / theirs[s] for s in theirs if s in mine])
+            one_seed = len(theirs) < 2
+            effect |= {
+                "ratio": estimate.value,
+                "low": None if one_seed else estimate.low,
+                "high": None if one_seed else estimate.high,
+                "capacity_rps": row["capacity_rps"],
+                "usd_per_mtok": row["usd_per_mtok"],
+                "ttft_ms_p99": row["at_capacity"]["ttft_ms_p99"],
+                "why_not": "",
+            }
+        found.append(effect)
+    return found
+
+
+def _number(change: Change) -> float:
+    try:
+        return float(change.value)
+    except ValueError:
+        raise CacheTuneError(f"{change.knob} must be a number", values=repr(change.value)) from None
+
+
+def _replaced(record: Any, change: Change, **fields: Any) -> Any:
+    from pydantic import ValidationError
+
+    from ..core.record import first_problem
+
+    try:
+        return record.replace(**fields)
+    except ValidationError as e:
+        text, got = first_problem(e)
+        raise CacheTuneError(f"what if {change.text}: {text}", values=got) from None

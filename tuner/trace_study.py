@@ -1,0 +1,174 @@
+"""A study over a trace: which fleet, at what cost, for what TTFT; by Optuna, two objectives.
+
+Trials are asked for and told in groups of a fixed size, and each is simulated on its own: the study
+is the same whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ..core.catalogue import load_catalogue
+from ..core.errors import CacheTuneError
+from ..core.machine_spec import compose
+from ..core.memory_sum import EngineMemory, check_fits
+from ..core.model_spec import ModelSpec
+from ..core.record import Record
+from ..core.units import GIB
+from ..core.workload import Slo
+from ..simulator.serving import serve_trace
+from .candidate import Candidate
+from .sweep import sweep
+from .traffic import Traffic
+
+if TYPE_CHECKING:
+    import optuna
+
+GROUP = 20
+"""Trials that are asked for before any of them is told: a generation of NSGA-II."""
+
+
+class Space(Record):
+    """What a trial may choose; `n_replicas` is the two ends."""
+
+    gpus: tuple[str, ...] = ("A100-SXM-80GB", "H100-SXM", "L40S")
+    n_replicas: tuple[int, int] = (1, 16)
+    policies: tuple[str, ...] = ("prefix_cache", "cachetune")
+    stored: tuple[str, ...] = ("bf16", "int8", "int4")
+    disks: tuple[str, ...] = ("nvme-gen4", "sata-ssd")
+    networks: tuple[str, ...] = ("none", "25g-rdma", "100g-rdma")
+    dram_gib: tuple[int, ...] = (64, 128, 256, 512)
+    evictions: tuple[str, ...] = ("lru", "lfu", "cost")
+    routers: tuple[str, ...] = ("round_robin", "least_load", "prefix_affinity", "chunk_affinity")
+    batch_tokens: tuple[int, ...] = (2048, 4096, 8192, 16384)
+
+
+class StudyQuestion(Record):
+    """What is searched over, for what."""
+
+    model: ModelSpec
+    traffic: Traffic
+    slo: Slo
+    n_requests: int = Field(gt=0)
+    rate_rps: float = Field(gt=0)
+    space: Space = Space()
+    n_trials: int = Field(default=200, gt=0)
+    seed: int = 0
+
+
+def trace_study(
+    question: StudyQuestion,
+    *,
+    workers: int = 1,
+    journal: Path | None = None,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[optuna.Study, list[dict[str, Any]]]:
+    """The study (dollars per hour, TTFT p99 in ms) and a row per trial, in their order."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.NSGAIISampler(population_size=GROUP, seed=question.seed)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < question.n_trials:
+        n = min(GROUP, question.n_trials - len(rows))
+        asked = [study.ask(_distributions(question.space)) for _ in range(n)]
+        tasks = [{"question": question.model_dump(mode="json"), "params": t.params} for t in asked]
+        done = len(rows)
+        found = sweep(
+            simulate,
+            tasks,
+            workers=workers,
+            journal=journal,
+            on_done=lambda k, _, done=done: on_done(done + k, question.n_trials),
+        )
+        for trial, row in zip(asked, found, strict=True):
+            rows.append({"trial": trial.number, **trial.params, **row})
+            if row["why_not"]:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(trial, [row["usd_per_h"], row["ttft_ms_p99"]])
+    return study, rows
+
+
+def simulate(task: Mapping[str, Any]) -> dict[str, Any]:
+    """One trial: the whole trace through one fleet."""
+    question = StudyQuestion.model_validate_json(json.dumps(task["question"]))
+    p = task["params"]
+    try:
+        candidate = _candidate(p)
+        args = (candidate.machine.gpu, candidate.machine.n_gpus, candidate.engine)
+        table = question.traffic.table(question.n_requests, question.rate_rps, question.seed)
+        longest = int((table.prompt_tokens + table.output_tokens).max())
+        check_fits(question.model, *args, load_catalogue(), longest)
+    except CacheTuneError as e:
+        return {"why_not": str(e)}
+    fleet = candidate.fleet(question.model, question.slo, p["n_replicas"])
+    cost = candidate.cost(question.model)
+    summary = serve_trace(table, fleet, cost, seed=question.seed).summary()
+    keep = ("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p99", "good_share", "tier_hit_rate")
+    return {
+        "why_not": "",
+        "fingerprint": candidate.fingerprint(),
+        "usd_per_h": candidate.machine.usd_per_h * p["n_replicas"],
+        **{name: summary[name] for name in keep},
+    }
+
+
+def front(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Trials that none beats in dollars and in TTFT p99, the cheapest first."""
+    able = [dict(r) for r in rows if not r["why_not"]]
+    able.sort(key=lambda r: (r["usd_per_h"], r["ttft_ms_p99"]))
+    found: list[dict[str, Any]] = []
+    fastest = math.inf
+    for row in able:
+        if row["ttft_ms_p99"] < fastest:
+            fastest = row["ttft_ms_p99"]
+            found.append(row)
+    return found
+
+
+def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    choices = {
+        "gpu": space.gpus,
+        "policy": space.policies,
+        "stored": space.stored,
+        "disk": space.disks,
+        "network": space.networks,
+        "dram_gib": space.dram_gib,
+        "eviction": space.evictions,
+        "router": space.routers,
+        "batch_tokens": space.batch_tokens,
+    }
+    return {
+        **{name: CategoricalDistribution(values) for name, values in choices.items()},
+        "n_replicas": IntDistribution(*space.n_replicas, log=True),
+        "ratio": FloatDistribution(0.05, 0.5),
+    }
+
+
+def _candidate(p: Mapping[str, Any]) -> Candidate:
+    machine = compose(
+        load_catalogue(),
+        p["gpu"],
+        dram_limit_bytes=p["dram_gib"] * GIB,
+        disk=p["disk"],
+        network=None if p["network"] == "none" else p["network"],
+    )
+    return Candidate(
+        machine=machine,
+        policy=p["policy"],
+        stored=p["stored"],
+        recompute_ratio=p["ratio"],
+        engine=EngineMemory(max_num_batched_tokens=p["batch_tokens"]),
+        eviction=p["eviction"],
+        router=p["router"],
+    )

@@ -1,0 +1,263 @@
+"""Traffic of a question: a generator's parameters or a trace file, at any rate, for any seed.
+
+A seed draws the requests; a rate only squeezes their arrivals, so that runs at different rates and
+of different candidates see the same requests. Of a trace, a seed draws where the window begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ..core.arrivals import Arrivals
+from ..core.errors import WorkloadError
+from ..core.record import Record
+from ..core.request_table import RequestTable
+from ..core.rng import rng
+from ..core.trace_files import read_trace
+from ..core.trace_lines import TraceSource
+from ..core.trace_make import Lengths, chat_table, rag_table
+
+GENERATORS: dict[str, dict[str, float]] = {
+    "rag": {
+        "rate": 1.0,
+        "passages": 1000,
+        "tokens": 512,
+        "chunks": 8,
+        "zipf": 0.9,
+        "question": 64,
+        "output": 128,
+        "cv": 1.0,
+    },
+    "chat": {
+        "rate": 1.0,
+        "turns": 5,
+        "system": 1000,
+        "systems": 1,
+        "message": 100,
+        "output": 300,
+        "think": 30.0,
+        "cv": 1.0,
+    },
+}
+"""Parameters and their defaults: `core/trace_make.py`. Lengths in tokens, `rate` in requests per
+second, `think` in seconds, `cv` of the gaps between arrivals (1 is Poisson)."""
+
+BASE_REQUESTS = 8192
+"""Requests that are drawn at once: runs of fewer are the first of the same ones. Powers of two."""
+
+
+class Traffic(Record):
+    """What comes, apart from how often.
+
+    `text` is `rag:name=value,...` (see `cachetune whatif --help`) or the path of a trace.
+    """
+
+    text: str
+    digest: str = ""
+    """Of the trace's bytes: results of another file under the same name are not taken for it."""
+    ids: Literal["prefix", "content"] = "prefix"
+    """What hashes of a trace's blocks name: all that stands before, too, or the block alone."""
+    zero_output: Literal["refuse", "drop"] = "refuse"
+    """What becomes of a trace's requests without output."""
+    shared: float = Field(default=1.0, ge=0, le=1)
+    """Share of passages (of other traffic: of prompts) that remain; the rest is nobody else's."""
+
+    def table(self, n_requests: int, rate_rps: float, seed: int) -> RequestTable:
+        """`n_requests` (or as many as there are) at `rate_rps` on average.
+
+        Raises:
+            WorkloadError: the file or the parameters are not traffic.
+        """
+        base = self._whole(n_requests, seed)
+        table = _rows(base, 0, min(n_requests, len(base)))
+        if self.shared < 1 and not self.is_stationary:
+            table = unshared(table, self.shared, seed)
+        return table.scaled(rate_rps / rate_of(base))
+
+    def before(self, n_requests: int, seed: int) -> RequestTable | None:
+        """What may have come before `table`'s requests, ids as there; None where order matters."""
+        base = self._whole(n_requests, seed)
+        if not self.is_stationary or len(base) <= n_requests:
+            return None
+        return _rows(base, n_requests, len(base))
+
+    @property
+    def is_stationary(self) -> bool:
+        """Whether any request might as well have come before any other."""
+        return self.text.startswith("rag:") and is_generator(self.text)
+
+    def _whole(self, n_requests: int, seed: int) -> RequestTable:
+        whole = self if self.is_stationary else self.replace(shared=1.0)
+        return _base(whole, round_up(2 * n_requests), seed)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where the requests come from."""
+        if is_generator(self.text):
+            return {"generator": self.text, "shared": f"{self.shared:g}"}
+        return {**_trace(self.replace(shared=1.0)).provenance, "shared": f"{self.shared:g}"}
+
+    @property
+    def rate_rps(self) -> float | None:
+        """The rate that was asked for, or at which the trace was recorded."""
+        if not is_generator(self.text):
+            return rate_of(_trace(self.replace(shared=1.0)))
+        return parameters(self.text)["rate"] if "rate=" in self.text else None
+
+
+def traffic_of(text: str, **options: Any) -> Traffic:
+    """Traffic by a generator's parameters or a trace's path; reads the trace once, checked.
+
+    Raises:
+        WorkloadError: neither, or what is wrong with it.
+    """
+    kind = text.partition(":")[0]
+    if ":" in text and kind.isalpha() and kind not in GENERATORS and not Path(text).exists():
+        raise WorkloadError(
+            f"traffic must be a trace file or one of {', '.join(GENERATORS)} with its parameters",
+            values=repr(text),
+            remedy="for example rag:rate=2,passages=500,chunks=8",
+        )
+    if is_generator(text):
+        found = Traffic(text=text, **options)
+        parameters(text)
+    else:
+        found = Traffic(text=text, digest=TraceSource(text).sha256(), **options)
+        _trace(found)
+    return found
+
+
+def _rows(table: RequestTable, begin: int, end: int) -> RequestTable:
+    """Rows in a row; chunk ids are not renumbered, so that those of two parts mean the same."""
+    if (begin, end) == (0, len(table)):
+        return table
+    starts = table.chunk_start[begin : end + 1]
+    columns = ("arrival_ns", "prompt_tokens", "output_tokens", "after", "tenant", "slo_class")
+    return replace(
+        table,
+        chunk_start=starts - starts[0],
+        chunk_ids=table.chunk_ids[starts[0] : starts[-1]],
+        **{name: getattr(table, name)[begin:end] for name in columns},
+    )
+
+
+def round_up(n: int) -> int:
+    """Few sizes are drawn for many rates."""
+    return max(BASE_REQUESTS, 1 << (n - 1).bit_length())
+
+
+def rate_of(table: RequestTable) -> float:
+    """Mean requests per second of a table whose arrivals are all known."""
+    seconds = table.duration_s()
+    return (len(table) - 1) / seconds if seconds > 0 else 1.0
+
+
+def unshared(table: RequestTable, shared: float, seed: int) -> RequestTable:
+    """The same prompts, but only a share of them hold passages that others hold too."""
+    alone = rng(seed, "unshared").random(len(table)) >= shared
+    fresh = np.repeat(alone, np.diff(table.chunk_start))
+    ids = table.chunk_ids.copy()
+    n_known = len(table.chunk_tokens)
+    ids[fresh] = n_known + np.arange(int(fresh.sum()), dtype=np.int32)
+    tokens = np.concatenate([table.chunk_tokens, table.chunk_tokens[table.chunk_ids[fresh]]])
+    source = {**table.provenance, "shared": f"{shared:g}"}
+    return replace(table, chunk_ids=ids, chunk_tokens=tokens, chunk_names=None, provenance=source)
+
+
+@lru_cache(maxsize=8)
+def _base(traffic: Traffic, n_requests: int, seed: int) -> RequestTable:
+    if is_generator(traffic.text):
+        return _generated(traffic, n_requests, seed)
+    whole = _trace(traffic)
+    return whole if n_requests >= len(whole) else _window(whole, n_requests, seed)
+
+
+def is_generator(text: str) -> bool:
+    """Whether this names a generator and not a file."""
+    return text.partition(":")[0] in GENERATORS and not Path(text).exists()
+
+
+def parameters(text: str) -> dict[str, float]:
+    """Numbers of `kind:name=value,...` over the defaults of its kind.
+
+    Raises:
+        WorkloadError: an unknown name or a value that is no positive number.
+    """
+    kind, _, rest = text.partition(":")
+    known = GENERATORS[kind]
+    found = dict(known)
+    for part in filter(None, rest.split(",")):
+        name, _, value = part.partition("=")
+        name = name.strip()
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if name not in known or not 0 <= number < float("inf"):
+            raise WorkloadError(
+                f"traffic {kind} takes {', '.join(known)}, each a number",
+                values=repr(part),
+                remedy=f"for example {kind}:rate=2,passages=500",
+            )
+        found[name] = number
+    for name in set(found) - {"zipf", "think"}:
+        if not found[name] > 0:
+            raise WorkloadError(f"{name} of the traffic must be above zero", values=text)
+    return found
+
+
+def _window(whole: RequestTable, n: int, seed: int) -> RequestTable:
+    """`n` requests in a row from a place that the seed draws; turns keep their conversation."""
+    start = int(rng(seed, "window").integers(0, len(whole) - n + 1))
+    rows = np.arange(start, start + n)
+    if (whole.after >= 0).any():
+        kept = np.zeros(len(whole), bool)
+        kept[rows] = True
+        for row in rows:
+            before = whole.after[row]
+            kept[row] = before < 0 or kept[before]
+        rows = np.flatnonzero(kept)
+    taken = whole.take(rows, window=f"{start}+{n}")
+    shift = int(taken.arrival_ns[taken.after < 0][0])
+    arrival = np.where(taken.after < 0, taken.arrival_ns - shift, taken.arrival_ns)
+    return replace(taken, arrival_ns=arrival)
+
+
+def _generated(traffic: Traffic, n: int, seed: int) -> RequestTable:
+    p = parameters(traffic.text)
+    gaps: dict[str, Any] = {} if p["cv"] == 1 else {"kind": "gamma", "cv": p["cv"]}
+    if traffic.text.startswith("chat:"):
+        return chat_table(
+            max(1, round(n / p["turns"])),
+            Arrivals(rate_rps=1.0 / p["turns"], **gaps),
+            turns=Lengths(mean=p["turns"]),
+            system=Lengths(mean=p["system"]),
+            systems=int(p["systems"]),
+            message=Lengths(mean=p["message"]),
+            answer=Lengths(mean=p["output"]),
+            think_s=p["think"],
+            seed=seed,
+        )
+    return rag_table(
+        n,
+        Arrivals(rate_rps=1.0, **gaps),
+        passages=int(p["passages"]),
+        per_request=int(p["chunks"]),
+        passage=Lengths(mean=p["tokens"]),
+        question=Lengths(mean=p["question"]),
+        output=Lengths(mean=p["output"]),
+        zipf_a=p["zipf"],
+        sharing=traffic.shared,
+        seed=seed,
+    )
+
+
+@lru_cache(maxsize=2)
+def _trace(traffic: Traffic) -> RequestTable:
+    return read_trace(traffic.text, ids=traffic.ids, zero_output=traffic.zero_output)
