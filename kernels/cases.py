@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import decode_pooled as pooled_gpu
 from . import decode_quantised as decode_gpu
 from . import decode_reference, packing, reference
 from . import deviation as deviation_gpu
@@ -257,6 +258,43 @@ def _decode_work(
     return moved, 4 * heads * head_dim * (tokens + batch * window)
 
 
+def _make_pooled(
+    seed: int, device: str, *, dtype: str, batch: int, n_keys: int, heads: int, kv_heads: int,
+    head_dim: int, window: int | None = None,
+) -> Inputs:  # fmt: skip
+    """Lengths fall from `n_keys`; with several requests the last sees nothing."""
+    lengths = n_keys - (n_keys // (2 * batch)) * torch.arange(batch)
+    lengths[-1] = n_keys if batch == 1 else 0
+    room = n_keys + SPARE_SLOTS
+    base = room * torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    kv = [_random(seed + i, device, dtype, kv_heads, batch * room, head_dim) for i in (1, 2)]
+    if device != "meta":
+        slot = torch.arange(batch * room)
+        used = ((slot >= base[:, None]) & (slot < (base + lengths)[:, None])).any(0)
+        for x in kv:
+            x[:, ~used] = float("nan")
+    return {
+        "q": _random(seed, device, dtype, batch, heads, head_dim),
+        "k": kv[0],
+        "v": kv[1],
+        "base": base.to(device),
+        "n_keys": lengths.to(device, torch.int32),
+        "scale": head_dim**-0.5,
+        "window": window,
+    }
+
+
+def _pooled_work(
+    *, dtype: str, batch: int, n_keys: int, heads: int, kv_heads: int, head_dim: int,
+    window: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    lengths = n_keys - (n_keys // (2 * batch)) * torch.arange(batch)
+    lengths[-1] = n_keys if batch == 1 else 0
+    seen = int(lengths.clamp(max=window or n_keys).sum())
+    size = getattr(torch, dtype).itemsize
+    return 2 * size * head_dim * (seen * kv_heads + batch * heads), 4 * head_dim * heads * seen
+
+
 def _make_gather(seed: int, device: str, *, dtype: str, n: int, row_bytes: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     host = "meta" if device == "meta" else "cpu"
@@ -306,6 +344,12 @@ FAMILIES = {
         lambda x: (decode_reference.decode_quantised(**x),),
         lambda x: (decode_gpu.decode_quantised(**x),),
         _decode_work,
+    ),
+    "decode_pooled": Family(
+        _make_pooled,
+        lambda x: (decode_reference.decode_pooled(**x),),
+        lambda x: (pooled_gpu.decode_pooled(**x),),
+        _pooled_work,
     ),
     "gather_host": Family(
         _make_gather,

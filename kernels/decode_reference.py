@@ -164,3 +164,42 @@ def check_decode(q: Tensor, pool: PagePool, table: PageTable, window: Window) ->
             f"{tuple(table.pages.shape)}, window {tuple(window.k.shape)}): "
             "see PagePool, PageTable and Window"
         )
+
+
+def decode_pooled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    base: Tensor,
+    n_keys: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """One query per request over a buffer that all requests share. Reads nothing on the host.
+
+    Args:
+        q: ``[B, H, D]``, after RoPE.
+        k, v: ``[HK, n_slots, D]``, K after RoPE; request ``i`` has the slots from ``base[i]`` on.
+        base: integers ``[B]``.
+        n_keys: integers ``[B]``, slots in use, the query's own included; 0 gives 0.
+        scale: multiplies the scores.
+        window: keys seen at most; ``None`` for all.
+
+    Returns:
+        ``[B, H, D]`` in ``q.dtype``; the arithmetic is fp32.
+    """
+    (b, h, d), (hk, n_slots, _) = q.shape, k.shape
+    slot = torch.arange(n_slots, device=q.device)
+    first, end = base[:, None], (base + n_keys)[:, None]
+    if window is not None:
+        first = torch.maximum(first, end - window)
+    seen = (slot >= first) & (slot < end)
+    # Slots that nobody uses may hold NaN, which a weight of 0 would let through.
+    values = v.float().masked_fill(~seen.any(0)[None, :, None], 0.0)
+    score = torch.einsum("bkgd,knd->bkgn", q.float().view(b, hk, h // hk, d), k.float()) * scale
+    score = score.masked_fill(~seen[:, None, None], -math.inf)
+    top = score.amax(-1, keepdim=True)
+    weight = (score - torch.where(top == -math.inf, 0.0, top)).exp()
+    total = weight.sum(-1, keepdim=True)
+    out = torch.einsum("bkgn,knd->bkgd", weight / torch.where(total == 0, 1.0, total), values)
+    return out.reshape(b, h, d).to(q.dtype)

@@ -260,6 +260,30 @@ def _dequantise_sdpa(x: Inputs) -> tuple[Tensor, ...]:
     return (out,)
 
 
+def _pooled(case: KernelCase, on_gpu: bool) -> dict[str, Peer]:
+    return {"sdpa, one request after another": Peer(_sdpa_requests)}
+
+
+def _sdpa_requests(x: Inputs) -> Action:
+    """Where each request begins and ends is known beforehand."""
+    q, window = x["q"], x["window"]
+    spans = []
+    for base, n in zip(x["base"].tolist(), x["n_keys"].tolist(), strict=True):
+        spans.append((base + max(0, n - (window or n)), base + n))
+
+    def action() -> tuple[Tensor, ...]:
+        out = torch.zeros_like(q)
+        for i, (start, stop) in enumerate(spans):
+            if stop > start:
+                k, v = x["k"][None, :, start:stop], x["v"][None, :, start:stop]
+                row = q[i][None, :, None]
+                made = F.scaled_dot_product_attention(row, k, v, scale=x["scale"], enable_gqa=True)
+                out[i] = made[0, :, 0]
+        return (out,)
+
+    return action
+
+
 def _gather(case: KernelCase, on_gpu: bool) -> dict[str, Peer]:
     def select(x: Inputs) -> tuple[Tensor, ...]:
         return (x["source"].index_select(0, x["rows"]).to(x["out"].device),)
@@ -281,5 +305,6 @@ BY_KERNEL: dict[str, Callable[[KernelCase, bool], dict[str, Peer]]] = {
     "pack": _pack,
     "deviation": _deviation,
     "decode_quantised": _decode,
+    "decode_pooled": _pooled,
     "gather_host": _gather,
 }

@@ -189,6 +189,26 @@ def _decode() -> list[KernelCase]:
     ]
 
 
+def _pooled() -> list[KernelCase]:
+    base = {"batch": 8, "n_keys": 16384, "heads": 32, "kv_heads": 8, "head_dim": 128}
+    small = {"batch": 3, "n_keys": 150, "heads": 6, "kv_heads": 2, "head_dim": 64}
+    full = partial(_case, "decode_pooled", dtype="bfloat16", expects="mma vector pipelined")
+    tiny = partial(_case, "decode_pooled", tiny=True)
+    return [
+        full(label="d128_g4", shapes=base),
+        full(label="d128_g4_one", shapes=base | {"batch": 1}),
+        full(label="d128_g4_64", shapes=base | {"batch": 64, "n_keys": 4096}),
+        full(label="d128_g5", shapes=base | {"heads": 40}),
+        full(label="d128_g4_window", shapes=base | {"window": 4096}),
+        full(label="d64_g8", shapes=base | {"head_dim": 64, "kv_heads": 4}),
+        full(label="d256_g2", shapes=base | {"head_dim": 256, "heads": 16}),
+        tiny(label="d64_g3", dtype="float32", shapes=small),
+        tiny(label="d64_g3_half", dtype="float16", shapes=small),
+        tiny(label="d80_window", dtype="float32", shapes=small | {"head_dim": 80, "window": 40}),
+        tiny(label="d128_one", dtype="float32", shapes=small | {"batch": 1, "head_dim": 128}),
+    ]
+
+
 def _gather() -> list[KernelCase]:
     case = partial(_case, "gather_host", dtype="uint8")
     return [
@@ -201,7 +221,8 @@ def _gather() -> list[KernelCase]:
 
 def all_cases() -> list[KernelCase]:
     """Every case, grouped by kernel, representatives first."""
-    return [*_sparse(), *_restore(), *_pack(), *_deviation(), *_decode(), *_gather()]
+    groups = _sparse(), _restore(), _pack(), _deviation(), _decode(), _pooled(), _gather()
+    return [case for group in groups for case in group]
 
 
 def representatives() -> list[KernelCase]:

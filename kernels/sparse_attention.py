@@ -222,6 +222,7 @@ def plan_tiles(
     config: TileConfig | None = None,
     n_splits: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    on_device: bool = False,
 ) -> TilePlan:
     """Cut sorted ``positions`` ``[n_q]`` into tiles and their key ranges (reads them on the host).
 
@@ -229,6 +230,7 @@ def plan_tiles(
         config, n_splits: instead of the ones chosen for the shape. Splits are added until the GPU
             has about two programs per processor, none shorter than four key blocks.
         dtype: of q, k and v; fp32 needs smaller tiles.
+        on_device: work where the positions are and read nothing back: they must ascend, unchecked.
 
     Raises:
         ValueError: positions do not ascend, heads do not divide, or ``G`` exceeds the tile.
@@ -240,14 +242,14 @@ def plan_tiles(
             f"H must be a multiple of HK and G = H / HK at most block_m; got H={n_heads}, "
             f"HK={n_kv_heads}, block_m={config.block_m}"
         )
-    pos = positions.to("cpu", torch.int64)
-    if bool((pos[1:] < pos[:-1]).any()):
+    pos = positions.to(positions.device if on_device else "cpu", torch.int64)
+    if not on_device and bool((pos[1:] < pos[:-1]).any()):
         raise ValueError(
             "positions must ascend: sort them with torch.sort, apply its indices to q, and undo "
             "them on the output"
         )
     per_tile, bn = config.block_m // group, config.block_n
-    start = torch.arange(0, pos.numel(), per_tile)
+    start = torch.arange(0, pos.numel(), per_tile, device=pos.device)
     low = pos[start]
     high = pos[(start + per_tile).clamp(max=pos.numel()) - 1]
     key_end = (high + 1).clamp(0, n_keys)
@@ -258,11 +260,12 @@ def plan_tiles(
         full_begin = torch.minimum((high - window + 1).clamp(min=0).add(bn - 1) // bn, end)
     full_end = torch.maximum((low + 1).clamp(0, n_keys) // bn, full_begin)
     full_end = torch.minimum(full_end, end)
-    tiles, longest = start.numel(), int((end - begin).max()) if start.numel() else 0
+    tiles = start.numel()
     if n_splits is None:
+        longest = -(-n_keys // bn) if on_device or not tiles else int((end - begin).max())
         wanted = -(-2 * processors() // max(1, tiles * n_kv_heads))
         n_splits = max(1, min(wanted, longest // 4, MAX_SPLITS))
-    split = torch.arange(n_splits)[None, :]
+    split = torch.arange(n_splits, device=pos.device)[None, :]
     span = (end - begin)[:, None]
     first = begin[:, None] + span * split // n_splits
     last = begin[:, None] + span * (split + 1) // n_splits
@@ -270,7 +273,7 @@ def plan_tiles(
     def clip(bound: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(bound[:, None], first), last)
 
-    tile = torch.arange(tiles)[:, None].expand_as(first)
+    tile = torch.arange(tiles, device=pos.device)[:, None].expand_as(first)
     columns = [tile, split.expand_as(first), first, clip(full_begin), clip(full_end), last]
     columns += [key_end[:, None].expand_as(first), torch.zeros_like(first)]
     items = torch.stack(columns, -1).reshape(-1, ITEM)

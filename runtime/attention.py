@@ -1,9 +1,9 @@
 """How the library's layers read and write our KV buffers.
 
-`Rows` says which tokens are in the packed batch. While it is entered, `Scatter.update` puts new K
-and V at their true positions, and the registered attention lets each query at position p see all
-keys at positions <= p, whatever order they came in. No mask is registered, so the library makes
-none.
+`Rows` (`PooledRows` for decode from one buffer of all requests) says which tokens are in the packed
+batch. While it is entered, `Scatter.update` puts new K and V at their true positions, and the
+registered attention lets each query at position p see all keys at positions <= p, whatever order
+they came in. No mask is registered, so the library makes none.
 """
 
 from __future__ import annotations
@@ -11,17 +11,40 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.reference import sparse_attention
-from .kv_buffer import KvBuffer
+from .device import CPU, Device
+from .kv_buffer import KvBuffer, Layers
 
 ATTENTION_NAME = "cachetune"
+
+
+class Packed(Protocol):
+    """Rows [start, stop) of the packed batch, and where their K and V are."""
+
+    @property
+    def start(self) -> int:
+        """First row."""
+
+    @property
+    def stop(self) -> int:
+        """Behind the last row."""
+
+    @property
+    def positions(self) -> Tensor:
+        """`[n]`, where the rows are."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put the K and V, `[HK, n, D]` each, of these rows into their slots."""
+
+    def attend(
+        self, device: Device, layer: int, q: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """q: `[n, H, D]`. Returns the same shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +59,31 @@ class Rows:
     """One more than the largest position."""
     is_run: bool
     """Whether the positions have no gap."""
+    host: Tensor | None = None
+    """The positions in host memory, where they are known there."""
+    plans: dict[int | None, Any] = field(default_factory=dict)
+    """What a device worked out about the positions, by window; layers share it."""
 
     @staticmethod
-    def of(buffer: KvBuffer, start: int, positions: Tensor) -> Rows:
+    def of(buffer: KvBuffer, start: int, positions: Tensor, device: Device = CPU) -> Rows:
         """Rows from `start` of the batch on, one for each of at least one position."""
         n = positions.numel()
         n_keys = int(positions[-1]) + 1
-        return Rows(buffer, start, start + n, positions, n_keys, n_keys - int(positions[0]) == n)
+        is_run = n_keys - int(positions[0]) == n
+        here = device.upload(positions)
+        return Rows(buffer, start, start + n, here, n_keys, is_run, positions)
+
+    @property
+    def n(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+    def moved(self, start: int) -> Rows:
+        """The same rows elsewhere in a batch."""
+        return Rows(
+            self.buffer, start, start + self.n, self.positions, self.n_keys, self.is_run,
+            self.host, self.plans,
+        )  # fmt: skip
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put the batch's K and V, `[HK, n, D]` each, of these rows into their slots."""
@@ -52,28 +93,53 @@ class Rows:
             else:
                 out.index_copy_(1, self.positions, new)
 
-    def attend(self, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, device: Device, layer: int, q: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         """q: `[n, H, D]`. Returns the same shape."""
-        k, v = self.buffer.k[layer], self.buffer.v[layer]
-        n = self.n_keys
-        if n == q.shape[0] > 1 and (window is None or n <= window):
-            # A whole prompt from its start: the library's own causal kernel needs no mask.
-            heads = q.transpose(0, 1)[None]
-            k, v = k[None, :, :n], v[None, :, :n]
-            out = F.scaled_dot_product_attention(
-                heads, k, v, is_causal=True, scale=scale, enable_gqa=True
-            )
-            return out[0].transpose(0, 1)
-        return sparse_attention(q, k, v, self.positions, n, scale, window)
+        return device.attention(self, q, self.buffer.k[layer], self.buffer.v[layer], scale, window)
+
+
+@dataclass(frozen=True, slots=True)
+class PooledRows:
+    """One new token of each of several requests, whose K and V lie in one pooled buffer.
+
+    Everything is on the device, all `[n]`, so that a captured graph can be given other values.
+    """
+
+    k: Layers
+    v: Layers
+    start: int
+    stop: int
+    positions: Tensor
+    base: Tensor
+    """First slot of each request."""
+    slots: Tensor
+    """Where each new token goes: `base + positions`."""
+    n_keys: Tensor
+    """int32: `positions + 1`."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """See `Packed`."""
+        self.k[layer].index_copy_(1, self.slots, k)
+        self.v[layer].index_copy_(1, self.slots, v)
+
+    def attend(
+        self, device: Device, layer: int, q: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """See `Packed`."""
+        return device.decode_attention(
+            q, self.k[layer], self.v[layer], self.base, self.n_keys, scale, window
+        )
 
 
 _batch = threading.local()
 
 
 @contextmanager
-def packed(rows: Sequence[Rows]) -> Iterator[None]:
+def packed(rows: Sequence[Packed], device: Device = CPU) -> Iterator[None]:
     """Make `rows` the batch of the layers called in this thread."""
-    _batch.rows = rows
+    _batch.rows, _batch.device = rows, device
     try:
         yield
     finally:
@@ -107,8 +173,11 @@ def _attention(
     """q: `[1, H, n, D]`. Returns `[1, n, H, D]`."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    device = _batch.device
     outs = [
-        row.attend(layer, q[0, :, row.start : row.stop].transpose(0, 1), scale, sliding_window)
+        row.attend(
+            device, layer, q[0, :, row.start : row.stop].transpose(0, 1), scale, sliding_window
+        )
         for row in _batch.rows
     ]
     return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None

@@ -25,7 +25,15 @@ from .chunk_file import (
 )
 from .layer_rows import LayerRows
 from .rate_limit import RateLimiter
-from .tiers import BufferPool, FileMedium, FileSource, RamSource, Source, StoreTier
+from .tiers import (
+    BufferPool,
+    FileMedium,
+    FileSource,
+    HostPages,
+    RamSource,
+    Source,
+    StoreTier,
+)
 
 LOAD_REQUEST_BYTES = 4 * MIB
 
@@ -49,14 +57,19 @@ class ChunkReader:
     """Reads for any number of threads; shares nothing between them but counters and buffers."""
 
     def __init__(
-        self, shape: Geometry, files: FileMedium, catalog: Catalog, counters: Counters
+        self,
+        shape: Geometry,
+        files: FileMedium,
+        catalog: Catalog,
+        counters: Counters,
+        pages: HostPages | None = None,
     ) -> None:
         self._shape = shape
         self._files = files
         self._catalog = catalog
         self.counters = counters
         self._count_lock = threading.Lock()
-        self._pool = BufferPool()
+        self._pool = BufferPool(pages)
 
     def read(
         self,

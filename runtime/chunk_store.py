@@ -41,7 +41,7 @@ from .room import Room
 from .store_index import Row, StoreIndex, identity_of
 from .store_lock import Owners
 from .store_scan import REPAIRS, Scan
-from .tiers import FileMedium, StoreTier, TierConfig, check_tiers
+from .tiers import FileMedium, HostPages, StoreTier, TierConfig, check_tiers
 
 __all__ = ["ChunkCorrupt", "ChunkStore", "Counters", "LayerRows", "TierConfig"]
 
@@ -57,6 +57,7 @@ class ChunkStore:
         model_fingerprint: identity of the weights; part of every key.
         tiers: where chunks can be served from. A tier that has less capacity than it holds on
             disk evicts at once. Processes that share a folder name the same tiers.
+        pages: makes the staging buffers of reads.
 
     Raises:
         StoreError: the folder cannot be used, holds another model's chunks, or is open elsewhere
@@ -64,12 +65,14 @@ class ChunkStore:
     """
 
     def __init__(
-        self, root: Path, model: ModelSpec, model_fingerprint: str, tiers: Sequence[TierConfig]
-    ) -> None:
+        self, root: Path, model: ModelSpec, model_fingerprint: str, tiers: Sequence[TierConfig],
+        pages: HostPages | None = None,
+    ) -> None:  # fmt: skip
         self.root = Path(root)
         self.model = model
         self.counters = Counters()
         self._fingerprint = model_fingerprint
+        self._pages = pages
         self._folder = self.root / "chunks"
         check_tiers(tiers)
         try:
@@ -110,7 +113,9 @@ class ChunkStore:
             index.close()
             raise
         self.repairs["index_rebuilt"] = int(index.rebuilt)
-        self._reader = ChunkReader(Geometry.of(self.model), files, self._catalog, self.counters)
+        self._reader = ChunkReader(
+            Geometry.of(self.model), files, self._catalog, self.counters, self._pages
+        )
         if any(self.repairs.values()):
             log.warning("repaired the chunk store %s: %s", self.root, self.repairs)
 

@@ -1,7 +1,8 @@
 """`CpuExecutor`: carries out ops for real, a worker thread per stream, on the monotonic clock.
 
 An op takes its place in its stream's queue at submission; the worker then waits for its
-dependencies, so order within a stream is kept as CUDA keeps it.
+dependencies, so order within a stream is kept as CUDA keeps it. Every device (pipeline stage) has
+streams of its own.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 
 from ..core.ops import NOTHING, Op, Outcome, Span
-from .handlers import Handlers
+from .handlers import Handlers, Made
 from .session import Session
 
 SessionSource = Callable[[int, int], Session]
 """Opens the session of (request id, attempt)."""
 
-_Item = tuple[Op, int, int]
+Item = tuple[Op, int, int]
+"""An op, its place in submission order, and when it was submitted."""
+
+Lane = tuple[int, str]
+"""One stream of one device."""
 
 
 class _SwitchInterval:
@@ -57,23 +63,28 @@ class _SwitchInterval:
 _switch_interval = _SwitchInterval()
 
 
-class CpuExecutor:
-    """The real executor on a CPU. Close it, or use it as a context manager."""
+class WorkerExecutor(ABC):
+    """What executors with a worker thread per stream share. Close it, or use it as a context.
+
+    Args:
+        handlers: what carries out ops, one for each device.
+        source: opens a session at the first op of an attempt.
+        on_end: called with each session whose request has ended.
+    """
 
     def __init__(
         self,
-        handlers: Handlers,
+        handlers: Handlers | Sequence[Handlers],
         source: SessionSource,
         on_end: Callable[[Session], None] | None = None,
     ) -> None:
         _switch_interval.shorten()
-        self._handlers = handlers
+        self._handlers = list(handlers) if isinstance(handlers, Sequence) else [handlers]
         self._source = source
         self._on_end = on_end
         self._sessions: dict[int, Session] = {}
-        self._queues: dict[str, SimpleQueue[_Item | None]] = {}
+        self._queues: dict[Lane, SimpleQueue[Item | None]] = {}
         self._threads: list[threading.Thread] = []
-        self._ended: dict[int, threading.Event] = {}
         self._finished: deque[Span] = deque()
         self._changed = threading.Condition()
         self._in_flight = 0
@@ -82,7 +93,7 @@ class CpuExecutor:
         self._stopping = False
         self._closed = False
 
-    def __enter__(self) -> CpuExecutor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,10 +108,10 @@ class CpuExecutor:
         for op in ops:
             if op.kind != "decode":
                 self._open(op)
-            self._ended[op.op_id] = threading.Event()
+            self._register(op)
             with self._changed:
                 self._in_flight += 1
-            self._queue(op.stream).put((op, self._seq, self.now_ns()))
+            self._queue((op.device, op.stream)).put((op, self._seq, self.now_ns()))
             self._seq += 1
 
     def wait(self, until_ns: int | None) -> list[Span]:
@@ -123,9 +134,10 @@ class CpuExecutor:
         return spans
 
     def warm(self, streams: Iterable[str]) -> None:
-        """Start the workers of `streams` before anything is timed."""
+        """Start the workers of `streams` on every device before anything is timed."""
         for stream in sorted(streams):
-            self._queue(stream)
+            for device in range(len(self._handlers)):
+                self._queue((device, stream))
 
     def open_sessions(self) -> list[Session]:
         """Sessions that have not ended, as after the fixed DAG of a prompt."""
@@ -142,31 +154,101 @@ class CpuExecutor:
         self._queues.clear()
         self._threads.clear()
 
+    @abstractmethod
+    def _register(self, op: Op) -> None:
+        """An op is about to be queued."""
+
+    @abstractmethod
+    def _work(self, lane: Lane, queue: SimpleQueue[Item | None]) -> None:
+        """Carry out the ops of one stream, one after another, until None comes."""
+
     def _stop(self) -> None:
         """Wake every worker, also those that wait for an op that will never end."""
         self._stopping = True
-        for event in list(self._ended.values()):
-            event.set()
         for queue in list(self._queues.values()):
             queue.put(None)
 
     def _open(self, op: Op) -> None:
-        request_id = op.request_ids[0]
-        session = self._sessions.get(request_id)
-        if session is None or session.attempt != op.attempt:
-            self._sessions[request_id] = self._source(request_id, op.attempt)
+        for member in op.members:
+            request_id = member.request_ids[0]
+            session = self._sessions.get(request_id)
+            if session is None or session.attempt != member.attempt:
+                self._sessions[request_id] = self._source(request_id, member.attempt)
 
-    def _queue(self, stream: str) -> SimpleQueue[_Item | None]:
-        if stream not in self._queues:
-            queue: SimpleQueue[_Item | None] = SimpleQueue()
-            thread = threading.Thread(target=self._work, args=(queue,), name=stream, daemon=True)
-            self._queues[stream] = queue
-            self._threads.append(thread)
-            thread.start()
-        return self._queues[stream]
+    def _queue(self, lane: Lane) -> SimpleQueue[Item | None]:
+        if lane not in self._queues:
+            queue: SimpleQueue[Item | None] = SimpleQueue()
+            device, stream = lane
+            name = f"{stream}@{device}" if device else stream
+            self._queues[lane] = queue
+            self._start(self._work, (lane, queue), name)
+        return self._queues[lane]
+
+    def _start(self, work: Callable[..., None], args: tuple[object, ...], name: str) -> None:
+        thread = threading.Thread(target=work, args=args, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _fail(self, error: BaseException) -> None:
+        """The caller of `wait` gets the first error; nothing goes on."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+        self._stop()
+
+    def _done(self, span: Span) -> None:
+        with self._changed:
+            self._in_flight -= 1
+            self._finished.append(span)
+            self._changed.notify_all()
+
+    def _sessions_of(self, op: Op) -> list[Session]:
+        return [self._sessions[r] for r in op.request_ids]
+
+    def _call(self, sessions: Sequence[Session], op: Op) -> Made:
+        handlers = self._handlers[op.device]
+        if op.kind == "decode":
+            return handlers.decode(sessions, op)
+        if op.parts:
+            return handlers.prefill_all(sessions, op)
+        if sessions[0].failed:
+            # Ops cannot be withdrawn: those of a failed attempt pass without doing anything.
+            return NOTHING
+        kind: Literal["load", "restore", "select", "prefill", "head"] = op.kind
+        made: Made = getattr(handlers, kind)(sessions[0], op)
+        return made
+
+    def _settle(self, sessions: Sequence[Session], outcome: Outcome) -> None:
+        """Let go of the sessions that have ended."""
+        for session in sessions:
+            if session.request_id in outcome.ended:
+                del self._sessions[session.request_id]
+                if self._on_end is not None:
+                    self._on_end(session)
+
+
+class CpuExecutor(WorkerExecutor):
+    """The real executor on a CPU."""
+
+    def __init__(
+        self,
+        handlers: Handlers | Sequence[Handlers],
+        source: SessionSource,
+        on_end: Callable[[Session], None] | None = None,
+    ) -> None:
+        super().__init__(handlers, source, on_end)
+        self._ended: dict[int, threading.Event] = {}
+
+    def _register(self, op: Op) -> None:
+        self._ended[op.op_id] = threading.Event()
+
+    def _stop(self) -> None:
+        super()._stop()
+        for event in list(self._ended.values()):
+            event.set()
 
     @torch.inference_mode()
-    def _work(self, queue: SimpleQueue[_Item | None]) -> None:
+    def _work(self, lane: Lane, queue: SimpleQueue[Item | None]) -> None:
         while (item := queue.get()) is not None:
             op, seq, submit_ns = item
             self._await(op.deps)
@@ -177,16 +259,10 @@ class CpuExecutor:
                 outcome = self._run(op)
                 end_ns = self.now_ns()
             except BaseException as e:
-                with self._changed:
-                    self._error = self._error or e
-                    self._changed.notify_all()
-                self._stop()
+                self._fail(e)
                 return
             self._ended.pop(op.op_id).set()
-            with self._changed:
-                self._in_flight -= 1
-                self._finished.append(Span(op, seq, submit_ns, start_ns, end_ns, outcome))
-                self._changed.notify_all()
+            self._done(Span(op, seq, submit_ns, start_ns, end_ns, outcome))
 
     def _await(self, deps: Sequence[int]) -> None:
         for dep in deps:
@@ -195,18 +271,8 @@ class CpuExecutor:
                 event.wait()
 
     def _run(self, op: Op) -> Outcome:
-        sessions = [self._sessions[r] for r in op.request_ids]
-        if op.kind == "decode":
-            outcome = self._handlers.decode(sessions, op)
-        elif sessions[0].failed:
-            # Ops cannot be withdrawn: those of a failed attempt pass without doing anything.
-            return NOTHING
-        else:
-            kind: Literal["load", "restore", "select", "prefill", "head"] = op.kind
-            outcome = getattr(self._handlers, kind)(sessions[0], op)
-        for session in sessions:
-            if session.request_id in outcome.ended:
-                del self._sessions[session.request_id]
-                if self._on_end is not None:
-                    self._on_end(session)
+        sessions = self._sessions_of(op)
+        made = self._call(sessions, op)
+        outcome = made() if callable(made) else made
+        self._settle(sessions, outcome)
         return outcome

@@ -18,6 +18,7 @@ from ..core.chunk_index import ChunkEntry, chain_id, chunk_key, content_id_of
 from ..core.errors import StoreError, WorkloadError
 from ..core.rng import rng
 from .chunk_store import ChunkStore
+from .stages import Stages
 from .transformer import Transformer
 from .write_back import WriteBack
 
@@ -40,7 +41,9 @@ class PreparationLedger:
 class Ingestor:
     """Puts chunks into a store in the order a selector asks for."""
 
-    def __init__(self, transformer: Transformer, store: ChunkStore, *, seed: int = 0) -> None:
+    def __init__(
+        self, transformer: Transformer | Stages, store: ChunkStore, *, seed: int = 0
+    ) -> None:
         self.transformer = transformer
         self.store = store
         self.seed = seed

@@ -10,6 +10,7 @@ from ..core.errors import StoreError
 from ..core.layout import GROUP_TOKENS
 from ..core.units import ceil_div
 from .chunk_file import Geometry
+from .device import Device
 
 
 class LayerRows:
@@ -20,25 +21,35 @@ class LayerRows:
     """
 
     __slots__ = (
-        "_at_byte", "_elements", "_shape", "layer_start", "n_bytes", "n_requests", "n_rows", "tier",
+        "_at_byte", "_shape", "elements", "layer_start", "n_bytes", "n_requests", "n_rows", "tier",
     )  # fmt: skip
 
     def __init__(
         self,
         shape: Geometry,
-        staging: np.ndarray,
+        staging: np.ndarray | Tensor,
         layer_start: int,
         n_rows: tuple[int, ...],
         at_byte: list[int],
     ) -> None:
         self._shape = shape
-        self._elements = torch.from_numpy(staging).view(shape.dtype)
+        pages = staging if isinstance(staging, Tensor) else torch.from_numpy(staging)
+        self.elements = pages.view(shape.dtype)
         self._at_byte = at_byte
         self.layer_start = layer_start
         self.n_rows = n_rows
         self.n_bytes = 0
         self.n_requests = 0
         self.tier = ""
+
+    def on(self, device: Device) -> LayerRows:
+        """The same rows on a device; these must not change before the copy is done."""
+        used = self.elements.view(torch.uint8)[: max(1, self.n_bytes)]
+        moved = LayerRows(
+            self._shape, device.upload_pages(used), self.layer_start, self.n_rows, self._at_byte
+        )
+        moved.n_bytes, moved.n_requests, moved.tier = self.n_bytes, self.n_requests, self.tier
+        return moved
 
     def groups(self, layer: int) -> Tensor:
         """View [G, 2, 32, HK, D] of the groups read of `layer`, K then V, nothing copied.
@@ -47,7 +58,7 @@ class LayerRows:
         """
         i = self._position(layer)
         return self._shape.groups(
-            self._elements, self._at_byte[i], ceil_div(self.n_rows[i], GROUP_TOKENS)
+            self.elements, self._at_byte[i], ceil_div(self.n_rows[i], GROUP_TOKENS)
         )
 
     def k(self, layer: int) -> Tensor:

@@ -17,6 +17,7 @@ from ..core.metrics import per_request
 from ..core.plan import ReusePlan, TunedPlan
 from ..core.policies import order_of
 from ..core.workload import Content, Request, Workload
+from .device import open_device
 from .loaded_model import LoadedModel, load_model
 from .machine import device_here
 from .rope_gate import check_rope
@@ -67,6 +68,7 @@ class LLM:
         allow_mismatch: load a plan that was tuned for another machine or model.
         write_back_bytes: size of the queue of chunks that are written after `generate` returns;
             what does not fit is dropped. None writes them before.
+        device: cpu, cuda or cuda:<i>.
 
     Raises:
         ModelError: family or RoPE kind not supported, or the RoPE gate fails.
@@ -87,16 +89,19 @@ class LLM:
         allow_mismatch: bool = False,
         compute_threads: int = 1,
         write_back_bytes: int | None = None,
+        device: str = "cpu",
     ) -> None:
+        open_device(device)  # before a model is loaded for it
         loaded = model if isinstance(model, LoadedModel) else load_model(model, dtype)
-        self.plan = self._plan(plan, loaded, compute_threads, allow_mismatch)
+        self.plan = self._plan(plan, loaded, compute_threads, allow_mismatch, device)
         self._temp = tempfile.TemporaryDirectory() if store_dir is None else None
         folder = self._temp.name if self._temp is not None else store_dir
         assert folder is not None
         default = (TierConfig("dram", "dram"), TierConfig("file", "file"))
         self.runner = Runner(
             loaded, folder, tiers or default, compute_threads=compute_threads,
-            write_back_bytes=write_back_bytes,
+            write_back_bytes=write_back_bytes, device=device,
+            pipeline_stages=self.plan.pipeline_stages,
         )  # fmt: skip
         try:
             check_rope(self.runner.transformer)
@@ -157,13 +162,14 @@ class LLM:
         loaded: LoadedModel,
         compute_threads: int,
         allow_mismatch: bool,
+        device: str,
     ) -> ReusePlan:
         if plan is None:
             return ReusePlan()
         if isinstance(plan, ReusePlan):
             return plan
         tuned = plan if isinstance(plan, TunedPlan) else TunedPlan.read(plan)
-        here = device_here(compute_threads).fingerprint()
+        here = device_here(compute_threads, device).fingerprint()
         differs = tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
         if differs:
             log.warning("%s", differs)

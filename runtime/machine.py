@@ -12,8 +12,22 @@ from pathlib import Path
 from ..core.hardware import Device, Provenance
 
 
-def device_here(compute_threads: int = 1) -> Device:
-    """The CPU of this machine as a device."""
+def device_here(compute_threads: int = 1, device: str = "cpu") -> Device:
+    """The CPU of this machine, or its GPU called `device`, as a device.
+
+    A GPU's cores are its multiprocessors.
+    """
+    if device != "cpu":
+        import torch
+
+        gpu = torch.cuda.get_device_properties(torch.device(device))
+        return Device(
+            name=gpu.name,
+            kind="cuda",
+            n_cores=gpu.multi_processor_count,
+            memory_bytes=(gpu.total_memory >> 30) << 30,
+            compute_threads=compute_threads,
+        )
     return Device(
         name=_cpu_name(),
         kind="cpu",

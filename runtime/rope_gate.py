@@ -6,8 +6,8 @@ import torch
 
 from ..core.errors import ModelError
 from ..core.rng import rng
-from ..kernels.reference import restore
 from .kv_buffer import KvBuffer
+from .stages import Stages
 from .transformer import Transformer
 
 N_PROBE_TOKENS = 24
@@ -16,7 +16,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 @torch.inference_mode()
-def check_rope(transformer: Transformer) -> float:
+def check_rope(transformer: Transformer | Stages) -> float:
     """Largest relative error over layers of re-rotated K of a probe chunk; 0 is perfect.
 
     The probe is computed in place at an offset, so every layer's fresh K is the model's own;
@@ -31,22 +31,20 @@ def check_rope(transformer: Transformer) -> float:
     ids = torch.from_numpy(draw)
     positions = torch.arange(offset, offset + N_PROBE_TOKENS)
     fresh, k_raw, v_raw = transformer.encode_at(ids, positions)
-    again = KvBuffer(spec, fresh.n_slots)
+    device = transformer.device
+    again = KvBuffer(spec, fresh.n_slots, [(spec.n_layers, device)])
     cos, sin = transformer.rope_table(offset + N_PROBE_TOKENS)
+    here = device.upload(positions)
     worst = 0.0
     for layer in range(spec.n_layers):
-        restore(
-            k_raw[layer],
-            v_raw[layer],
-            positions,
-            again.k[layer],
-            again.v[layer],
-            cos_table=cos,
-            sin_table=sin,
-        )
-        true = fresh.k[layer][:, positions].float()
-        error = (again.k[layer][:, positions].float() - true).norm() / (true.norm() + 1e-12)
-        worst = max(worst, float(error))
+        device.restore(
+            device.upload(k_raw[layer]), device.upload(v_raw[layer]), here,
+            again.k[layer], again.v[layer], cos, sin,
+        )  # fmt: skip
+        of_layer = transformer.device_of(layer)
+        true = of_layer.to_host(fresh.k[layer][:, offset:], "rope gate").float()
+        found = device.to_host(again.k[layer][:, offset:], "rope gate").float()
+        worst = max(worst, float((found - true).norm() / (true.norm() + 1e-12)))
     if worst > TOLERANCE[spec.dtype]:
         raise ModelError(
             "stored keys, rotated at a new place, must equal the model's own",

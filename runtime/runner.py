@@ -22,15 +22,18 @@ from ..core.policies import order_of
 from ..core.timeline import Timeline
 from ..core.workload import Request, Workload
 from .chunk_store import ChunkStore
-from .executor import CpuExecutor
+from .cuda_executor import CudaExecutor
+from .device import Device, open_device, stage_devices
+from .executor import CpuExecutor, SessionSource, WorkerExecutor
 from .handlers import Handlers
 from .ingest import Ingestor
 from .kv_buffer import KvPool
+from .kv_slab import SlabPool
 from .loaded_model import LoadedModel
 from .prefetch import LiveIndex, PrefetchCounters, Prefetcher
 from .session import Session, token_tensor
+from .stages import Stages
 from .tiers import TierConfig
-from .transformer import Transformer
 from .write_back import WriteBack
 
 Decisions = Mapping[int, ReuseDecision]
@@ -64,9 +67,13 @@ class RunResult:
 
 
 class Runner:
-    """One model, one store, one device. `tiers` may be rate limited to act as slower ones.
+    """One model, one store, one device, or several as pipeline stages.
 
-    With `write_back_bytes`, `prepare(only_missing=True)` leaves writing to a queue that long.
+    Args:
+        tiers: may be rate limited to act as slower ones.
+        write_back_bytes: `prepare(only_missing=True)` leaves writing to a queue that long.
+        device: where the model runs: a name as `open_device` takes it, or one that is open.
+        pipeline_stages: devices that share the layers at first; a plan may ask for others.
     """
 
     def __init__(
@@ -79,23 +86,46 @@ class Runner:
         compute_threads: int = 1,
         seed: int = 0,
         write_back_bytes: int | None = None,
+        device: str | Device = "cpu",
+        pipeline_stages: int = 1,
     ) -> None:
         torch.set_num_threads(compute_threads)
+        self.device = open_device(device) if isinstance(device, str) else device
         self.loaded = loaded
         self.spec = loaded.spec
         self.compute_threads = compute_threads
-        self.transformer = Transformer(loaded)
-        self.store = ChunkStore(Path(store_dir), self.spec, loaded.fingerprint, tiers)
+        self.kv_capacity_tokens = kv_capacity_tokens
+        self.stages = self._cut(pipeline_stages)
+        self.transformer = self.stages.encoder
+        pages = None if self.device.kind == "cpu" else self.device.host_pages
+        self.store = ChunkStore(Path(store_dir), self.spec, loaded.fingerprint, tiers, pages)
         self.write_back = WriteBack(write_back_bytes) if write_back_bytes else None
         self.ingestor = Ingestor(self.transformer, self.store, seed=seed)
-        self.kv_capacity_tokens = kv_capacity_tokens
-        self._pool = KvPool(self.spec, kv_capacity_tokens)
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def use_stages(self, n: int) -> None:
+        """Cut the model into `n` stages, if it is not; what ran before has ended.
+
+        Raises:
+            PlanError, DeviceError, CapacityError: too many for the layers or the devices.
+        """
+        if len(self.stages.devices) != n:
+            self.stages.release()
+            self.stages = self._cut(n)
+            self.transformer = self.ingestor.transformer = self.stages.encoder
+
+    @property
+    def _pool(self) -> KvPool | SlabPool:
+        return self.stages.pool
+
+    def _cut(self, n: int) -> Stages:
+        devices = stage_devices(self.device, n)
+        return Stages(self.loaded, devices, self.kv_capacity_tokens)
 
     @property
     def n_kv_blocks(self) -> int:
@@ -206,15 +236,16 @@ class Runner:
             )
 
         handlers = self._handlers(plan)
-        with CpuExecutor(handlers, source, lambda s: self._collect(result, s)) as executor:
+        with self._executor(handlers, source, lambda s: self._collect(result, s)) as executor:
             executor.warm({op.stream for op in schedule.ops})
             result.timeline = execute(schedule, executor)
             for session in executor.open_sessions():
                 self._collect(result, session)
         self._drop_corrupt(handlers)
-        if handlers.unreadable:
-            # A fixed DAG cannot fall back, so its times would be those of ops that did nothing.
-            raise handlers.unreadable[0]
+        for found in handlers:
+            if found.unreadable:
+                # A fixed DAG cannot fall back, so its times would be of ops that did nothing.
+                raise found.unreadable[0]
         return result
 
     def serve(
@@ -260,12 +291,14 @@ class Runner:
             self._collect(result, session)
 
         handlers = self._handlers(plan)
-        with prefetcher or nullcontext(), CpuExecutor(handlers, source, collect) as executor:
+        if self.stages.graphs is not None:
+            self.stages.graphs.prepare(min(plan.max_num_seqs, len(workload.requests)))
+        with prefetcher or nullcontext(), self._executor(handlers, source, collect) as executor:
             executor.warm(self._streams(plan))
             result.timeline = serve(workload, engine, executor)
         self._drop_corrupt(handlers)
         result.n_fallbacks = engine.n_fallbacks
-        result.n_read_failures = handlers.n_read_failures
+        result.n_read_failures = sum(found.n_read_failures for found in handlers)
         if prefetcher is not None:
             result.prefetched = prefetcher.counters
         return result
@@ -286,13 +319,28 @@ class Runner:
         workers = range(plan.n_io_workers)
         return [COMPUTE, RESTORE, *(io_stream(t, w) for t in self.store.tiers for w in workers)]
 
-    def _drop_corrupt(self, handlers: Handlers) -> None:
+    def _drop_corrupt(self, handlers: Sequence[Handlers]) -> None:
         """Forget chunks whose bytes are bad, so that they can be ingested again."""
-        for key in handlers.corrupt_keys:
+        for key in {key for found in handlers for key in found.corrupt_keys}:
             self.store.discard(key)
 
-    def _handlers(self, plan: ReusePlan) -> Handlers:
-        return Handlers(self.transformer, self.store, plan.request_bytes)
+    def _handlers(self, plan: ReusePlan) -> list[Handlers]:
+        """One for each stage of the plan."""
+        self.use_stages(plan.pipeline_stages)
+        stages = self.stages
+        return [
+            Handlers(transformer, self.store, plan.request_bytes, stages.graphs)
+            for transformer in stages.transformers
+        ]
+
+    def _executor(
+        self,
+        handlers: Sequence[Handlers],
+        source: SessionSource,
+        on_end: Callable[[Session], None],
+    ) -> WorkerExecutor:
+        made = CpuExecutor if self.device.kind == "cpu" else CudaExecutor
+        return made(handlers, source, on_end)
 
     def _collect(self, result: RunResult, session: Session) -> None:
         request_id = session.request_id
@@ -323,6 +371,8 @@ class Runner:
                 remedy="add token_ids and suffix_ids, or simulate it",
             )
         token_ids = token_tensor([*(chunk for chunk in ids if chunk), request.suffix_ids])
+        if self.device.kind != "cpu":  # a table that grew within an op would hold up its stream
+            self.stages.rope_tables(len(token_ids))
         return Session(
             request.request_id,
             attempt,

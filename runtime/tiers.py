@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 MIN_BUFFER_BYTES = 64 << 10
 POOL_BYTES_PER_SIZE = 128 << 20
 MIN_FREE_PER_SIZE = 4
+
+HostPages = Callable[[int], Any]
+"""Makes a buffer of that many bytes, whole pages."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +162,13 @@ class BufferPool:
     """Page-aligned staging buffers, used again so that their pages are faulted in once.
 
     A buffer is lent as an array; it comes back by itself when the array and all tensors over it
-    are gone, so a view can never see the bytes of a later read.
+    are gone, so a view can never see the bytes of a later read. `pages` makes a buffer of whole
+    pages, as a device wants them.
     """
 
-    def __init__(self) -> None:
-        self._free: dict[int, deque[mmap.mmap]] = {}
+    def __init__(self, pages: HostPages | None = None) -> None:
+        self._pages = pages or (lambda size: mmap.mmap(-1, size))
+        self._free: dict[int, deque[Any]] = {}
         self._lent: dict[int, _Loan] = {}
 
     def lend(self, n_bytes: int) -> np.ndarray:
@@ -176,7 +181,7 @@ class BufferPool:
         try:
             pages = free.pop()
         except IndexError:
-            pages = mmap.mmap(-1, size)
+            pages = self._pages(size)
         array = np.frombuffer(pages, dtype=np.uint8)
         loan = _Loan(array, self._take_back)
         loan.pages, loan.size = pages, size
@@ -193,7 +198,7 @@ class BufferPool:
 class _Loan(weakref.ref):  # type: ignore[type-arg]
     __slots__ = ("pages", "size")
 
-    pages: mmap.mmap
+    pages: Any
     size: int
 
     def __new__(cls, array: np.ndarray, take_back: Callable[[_Loan], None]) -> Self:

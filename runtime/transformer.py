@@ -9,27 +9,55 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .attention import Rows, Scatter, packed
+from .attention import Packed, Rows, Scatter, packed
+from .device import CPU, Device
 from .kv_buffer import KvBuffer
 from .loaded_model import LoadedModel
 
 
-class Transformer:
-    """The compute of one device. Not re-entrant: the compute stream's worker owns it."""
+@dataclass(frozen=True)
+class ModelParts:
+    """The library's modules that are driven; on a stage, copies of what it does not own alone."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    layers: list[nn.Module]
+    embed: Callable[[Tensor], Tensor]
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    norm: Callable[[Tensor], Tensor]
+    lm_head: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def of(loaded: LoadedModel) -> ModelParts:
+        """The model's own."""
+        model = loaded.hf.model
+        return ModelParts(
+            loaded.layers, model.embed_tokens, model.rotary_emb, model.norm, loaded.hf.lm_head
+        )
+
+
+class Transformer:
+    """The compute of one device. Not re-entrant: the compute stream's worker owns it.
+
+    `parts` are the weights on that device; by default the model's own.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, device: Device = CPU, parts: ModelParts | None = None
+    ) -> None:
         self.loaded = loaded
         self.spec = loaded.spec
+        self.device = device
+        self.parts = parts or ModelParts.of(loaded)
         self.rows_by_layer = [0] * self.spec.n_layers
         """Rows that passed through each layer since the last reset."""
         self.projected_rows = 0
         """Rows that only a check layer projected."""
-        self._layers = loaded.layers
+        self._layers = self.parts.layers
         self._scatter = Scatter()
         self._rope = (torch.empty(0, 1), torch.empty(0, 1))
         self._rope_of: Tensor | None = None
@@ -45,25 +73,26 @@ class Transformer:
         """The model's own cos and sin, fp32 `[>= n_positions, R/2]`, a column per rotated pair."""
         if self._rope[0].shape[0] < n_positions:
             n = max(n_positions, 2 * self._rope[0].shape[0])
-            like = torch.empty(1, dtype=torch.float32)
-            cos, sin = self.loaded.hf.model.rotary_emb(like, torch.arange(n)[None])
+            like = self.device.empty((1,), torch.float32)
+            cos, sin = self.parts.rotary(like, self.device.upload(torch.arange(n))[None])
             half = cos.shape[-1] // 2
             self._rope = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+            self.device.synchronise("rope table")  # whichever stream reads it
         return self._rope
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """`[n]` ids to `[1, n, hidden]`."""
-        hidden: Tensor = self.loaded.hf.model.embed_tokens(token_ids[None])
+        hidden: Tensor = self.parts.embed(token_ids[None])
         return hidden
 
-    def run_layers(self, hidden: Tensor, rows: Sequence[Rows], start: int, stop: int) -> Tensor:
+    def run_layers(self, hidden: Tensor, rows: Sequence[Packed], start: int, stop: int) -> Tensor:
         """Pass packed rows `[1, n, hidden]` through layers [start, stop)."""
         positions = rows[0].positions if len(rows) == 1 else torch.cat([r.positions for r in rows])
         if self._rope_of is not positions:  # the ops of a prompt share rows from group to group
-            self._rope_here = self.loaded.hf.model.rotary_emb(hidden, positions[None])
+            self._rope_here = self.parts.rotary(hidden, positions[None])
             self._rope_of = positions
         rope = self._rope_here
-        with packed(rows):
+        with packed(rows, self.device):
             for layer in range(start, stop):
                 hidden = self._layers[layer](
                     hidden,
@@ -88,8 +117,7 @@ class Transformer:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[1, n, hidden]` to fp32 `[n, vocab]`."""
-        model = self.loaded.hf
-        out: Tensor = model.lm_head(model.model.norm(hidden))
+        out: Tensor = self.parts.lm_head(self.parts.norm(hidden))
         return out[0].float()
 
     def encode(self, token_ids: Tensor, behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -104,31 +132,43 @@ class Transformer:
         skip = ids.numel() - token_ids.numel()
         return k[:, skip:].contiguous(), v[:, skip:].contiguous()
 
+    def device_of(self, layer: int) -> Device:
+        """Where a layer's K and V are."""
+        return self.device
+
     def encode_at(self, token_ids: Tensor, positions: Tensor) -> tuple[KvBuffer, Tensor, Tensor]:
         """Prefill `[N]` tokens at ascending positions, seeing only each other.
 
-        Returns the buffer with rotated K, and K before RoPE and V, `[L, N, HK, D]` each. Rows are
-        not counted: this is preparation, not a request.
+        Returns the buffer with rotated K, and K before RoPE and V, `[L, N, HK, D]` each, on the
+        host. Rows are not counted: this is preparation, not a request.
         """
-        n = token_ids.numel()
-        n_slots = int(positions[-1]) + 1
-        buffer = KvBuffer(self.spec, n_slots)
-        if n_slots > n:
-            buffer.k.zero_()
-            buffer.v.zero_()
-        rows = Rows.of(buffer, 0, positions)
+        n_layers, n_slots = self.spec.n_layers, int(positions[-1]) + 1
+        places = None if self.device is CPU else [(n_layers, self.device)]
+        buffer = KvBuffer(self.spec, n_slots, places)
+        if n_slots > token_ids.numel():
+            for tensor in (*buffer.k, *buffer.v):
+                tensor.zero_()
+        rows = Rows.of(buffer, 0, positions, self.device)
+        hidden = self.embed(self.device.upload(token_ids))
+        _, k, v = self.encode_layers(hidden, rows, 0, n_layers)
+        return buffer, self.device.to_host(k, "ingest"), self.device.to_host(v, "ingest")
+
+    def encode_layers(
+        self, hidden: Tensor, rows: Rows, start: int, stop: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states after layers [start, stop), and their K before RoPE and V."""
         counts = list(self.rows_by_layer)
         try:
-            with self._catching() as (k_parts, v_parts):
-                self.run_layers(self.embed(token_ids), [rows], 0, self.spec.n_layers)
+            with self._catching(start, stop) as (k_parts, v_parts):
+                hidden = self.run_layers(hidden, [rows], start, stop)
         finally:
             self.rows_by_layer = counts
-        shape = (self.spec.n_layers, n, self.spec.n_kv_heads, self.spec.head_dim)
-        return buffer, torch.stack(k_parts).view(shape), torch.stack(v_parts).view(shape)
+        shape = (stop - start, rows.n, self.spec.n_kv_heads, self.spec.head_dim)
+        return hidden, torch.stack(k_parts).view(shape), torch.stack(v_parts).view(shape)
 
     @contextmanager
-    def _catching(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Collect K before RoPE and V of every layer that this thread runs.
+    def _catching(self, start: int, stop: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Collect K before RoPE and V of layers [start, stop) that this thread runs.
 
         Hooks are there only meanwhile: those left on the modules would slow every request and
         keep this object alive as long as the model.
@@ -145,7 +185,7 @@ class Transformer:
             return hook
 
         handles = []
-        for layer in self._layers:
+        for layer in self._layers[start:stop]:
             attention: Any = layer.self_attn
             source = getattr(attention, "k_norm", None) or attention.k_proj
             handles.append(source.register_forward_hook(keep(k)))

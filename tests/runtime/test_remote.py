@@ -110,14 +110,18 @@ def test_a_limited_remote_tier_has_its_rate(
     store = open_store(tmp_path, server.url, limit_bytes_per_s=rate, read_latency_s=0.001)
     key = cases.put(store, "a", cases.make_chunk(store.model, 2000), "remote")
     slack = 0.02 if os.getloadavg()[0] < (os.cpu_count() or 1) else 0.15
-    errors = []
+    errors, due_s = [], 0.0
+    first = time.perf_counter()
     for _ in range(5):
         start = time.perf_counter()
         rows = store.read(key, 0, 3, [2000] * 3, cases.REQUEST)
         took = time.perf_counter() - start
-        errors.append(took / (rows.n_bytes / rate + rows.n_requests * 0.001) - 1)
-        assert errors[-1] > -0.01
-    assert min(errors) < slack
+        link_s = rows.n_bytes / rate + rows.n_requests * 0.001
+        errors.append(took / link_s - 1)
+        due_s += link_s
+        # A read may be faster than the link by what the last one woke too late; never all of them.
+        assert time.perf_counter() - first > 0.99 * due_s
+    assert min(errors, key=abs) < slack
     store.close()
 
 

@@ -1,0 +1,255 @@
+"""A device that behaves as a GPU does, in host memory: in-order streams on threads of their own,
+marks, pinned pages that must not change under a copy, graphs that replay what was recorded.
+
+Whatever a stream runs happens later, so a dependency that is not followed gives wrong values.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from cachetune.runtime.device import Device
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_running = threading.local()
+
+
+class FakeMark:
+    """Reached when the stream's thread gets there; times as coarse as CUDA's."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.at_ns = 0
+        self.error: BaseException | None = None
+
+    def wait(self) -> None:
+        assert not getattr(_running, "stream", None), "work on a stream must not wait for marks"
+        self.reached.wait()
+        if self.error is not None:
+            raise self.error
+
+    def ns_since(self, earlier: FakeMark) -> float:
+        assert self.reached.is_set() and earlier.reached.is_set()
+        return float(np.float32((self.at_ns - earlier.at_ns) / 1e6)) * 1e6
+
+
+class FakeStream:
+    """Queued work, done in order by a thread."""
+
+    SLOW_S: ClassVar[dict[str, float]] = {}
+    """Streams whose work begins later than the host's distance alone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name=f"fake.{name}", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], None]) -> None:
+        def act() -> None:
+            if self._error is None:
+                # The host is ahead of the device.
+                time.sleep(self.SLOW_S.get(self.name.split("@")[0], 0.0002))
+                work()
+
+        self._queue.put(act)
+
+    def follow(self, mark: FakeMark) -> None:
+        assert mark is not None, "an event that was never recorded holds nothing up"
+        self._queue.put(lambda: mark.reached.wait() and None)
+
+    def mark(self) -> FakeMark:
+        mark = FakeMark()
+
+        def reach() -> None:
+            mark.at_ns, mark.error = time.perf_counter_ns(), self._error
+            mark.reached.set()
+
+        self._queue.put(reach)
+        return mark
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        _running.stream = self
+        while (act := self._queue.get()) is not None:
+            try:
+                act()
+            except BaseException as e:
+                self._error = self._error or e
+
+
+class FakeGraph:
+    """What was launched while it recorded: the same calls on the same memory, host values fixed."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.n_replays = 0
+
+    def replay(self) -> None:
+        self.n_replays += 1
+        with torch._C.DisableTorchFunctionSubclass():
+            for func, args, kwargs, out in self.calls:
+                new = func(*args, **kwargs)
+                for kept, made in zip(_flat(out), _flat(new), strict=True):
+                    if kept.data_ptr() != made.data_ptr():
+                        kept.copy_(made)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, graph: FakeGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_local_scalar_dense" in str(func) or "is_nonzero" in str(func):
+            raise RuntimeError("a value was read on the host during a capture")
+        out = func(*args, **(kwargs or {}))
+        self.graph.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+READS = frozenset(
+    (
+        "item", "tolist", "numpy", "cpu", "nonzero", "equal", "allclose", "unique",
+        "__int__", "__bool__", "__float__", "__index__",
+    )
+)  # fmt: skip
+"""Functions that make the host wait for the device."""
+
+
+class OnDevice(Tensor):
+    """A tensor of the fake device: the host must not read it, nor mix its own into it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS:
+            raise AssertionError(f"{name} of a tensor of the device makes the host wait")
+        for x in _flat((args, kwargs or {})):
+            if name == "__getitem__" and x.dtype == torch.bool:
+                raise AssertionError("a mask as an index makes the host wait")
+            is_index = not isinstance(x, OnDevice) and not x.is_floating_point() and x.dim()
+            if is_index:
+                raise AssertionError(
+                    f"{name} mixes a host tensor {tuple(x.shape)} into device ones"
+                )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _flat(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, dict):
+        x = tuple(x.values())
+    return [t for part in x for t in _flat(part)] if isinstance(x, tuple | list) else []
+
+
+def there(x: Tensor) -> Tensor:
+    return x.as_subclass(OnDevice)
+
+
+def plain(x: Any) -> Any:
+    return x.as_subclass(Tensor) if isinstance(x, OnDevice) else x
+
+
+class FakeCuda(Device):
+    """See the module. `kind` is a GPU's, so that everything takes the path of a GPU."""
+
+    kind = "cuda"
+    pooled_decode = True
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self.streams: list[str] = []
+        self.graphs: list[FakeGraph] = []
+        self.n_kernels: Counter[str] = Counter()
+
+    @property
+    def name(self) -> str:
+        return f"fake:{self.index}"
+
+    def stream(self, name: str) -> FakeStream:
+        self.streams.append(name)
+        return FakeStream(f"{name}@{self.index}")
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        return there(super().empty(shape, dtype))
+
+    def upload(self, host: Tensor) -> Tensor:
+        assert not isinstance(host, OnDevice), "it is on the device"
+        return there(host.clone())
+
+    def upload_pages(self, pages: Tensor) -> Tensor:
+        return there(pages.clone())
+
+    def download(self, here: Tensor) -> Callable[[], Tensor]:
+        assert isinstance(here, OnDevice), "it is on the host"
+        host = plain(here).clone()
+        return lambda: host
+
+    def to_host(self, here: Tensor, why: str) -> Tensor:
+        self.host_waits[why] += 1
+        found: Tensor = plain(here).clone()
+        return found
+
+    def move(self, other: Tensor) -> Tensor:
+        assert isinstance(other, OnDevice), "it is on the host"
+        return other.clone()
+
+    def synchronise(self, why: str) -> None:
+        self.host_waits[why] += 1
+
+    def capture(self, work: Callable[[], None]) -> FakeGraph:
+        self.host_waits["capture"] += 1
+        graph = FakeGraph()
+        with _Recorder(graph):
+            work()
+        self.graphs.append(graph)
+        return graph
+
+    def restore(self, *args: Any) -> None:
+        self._kernel("restore", *args)
+
+    def deviation(self, *args: Any) -> Tensor:
+        return self._kernel("deviation", *args)
+
+    def decode_attention(self, *args: Any) -> Tensor:
+        return self._kernel("decode_attention", *args)
+
+    def sparse_attention(self, rows: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+        """With the plan that the Triton kernel needs, made as for it."""
+        if args[1] not in rows.plans:
+            pytest.importorskip("triton")
+            from cachetune.kernels.sparse_attention import plan_tiles
+
+            at = plain(rows.positions) if rows.host is None else rows.host
+            shape = (rows.n_keys, q.shape[1], k.shape[0], q.shape[2], args[1])
+            rows.plans[args[1]] = plan_tiles(at, *shape, on_device=rows.host is None)
+            self.n_kernels["plans"] += 1
+        assert rows.plans[args[1]].positions.tolist() == plain(rows.positions).tolist()
+        assert isinstance(rows.positions, OnDevice)
+        bare = SimpleNamespace(positions=plain(rows.positions), n_keys=rows.n_keys)
+        self.n_kernels["sparse_attention"] += 1
+        return there(super().sparse_attention(bare, plain(q), plain(k), plain(v), *args))  # type: ignore[arg-type]
+
+    def _kernel(self, name: str, *args: Any) -> Any:
+        """The reference in the place of a kernel: on what lies there, reading nothing."""
+        self.n_kernels[name] += 1
+        for x in args:
+            assert not isinstance(x, Tensor) or isinstance(x, OnDevice), f"{name} of host tensors"
+        out = getattr(super(), name)(*map(plain, args))
+        return there(out) if isinstance(out, Tensor) else out

@@ -1,0 +1,253 @@
+"""What a GPU is asked to do, on a simulated one: the values of the CPU, and no wait of the host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cachetune.core.invariants import check
+from cachetune.core.plan import ReusePlan
+from cachetune.core.workload import Workload
+from cachetune.runtime.attention import Rows
+from cachetune.runtime.cuda_graphs import BUCKETS
+from cachetune.runtime.device import Device, DeviceError, open_device
+from cachetune.runtime.kv_slab import SCRATCH_SLOTS, SlabPool
+from cachetune.runtime.runner import Runner, RunResult
+from fake_cuda import FakeCuda, FakeStream, there
+
+from .model_cases import TIERS, make_twins, plan_with, prompt_workload, tokens
+
+A, B, C = tokens(40), tokens(33), tokens(50)
+SUFFIX = tokens(12)
+PROMPTS = [[A, B, C, SUFFIX], [C, A, tokens(9, 1)], [B, tokens(17, 2)]]
+N_OUTPUT = 4
+
+PLANS = [
+    plan_with("full_recompute"),
+    plan_with("full_reuse"),
+    plan_with("cachetune", 0.3),
+    plan_with("cachetune", 0.5, 0.2, layer_group=1),
+    plan_with("cachetune", 1.0, 0.3, 0.0, layer_group=1),
+    plan_with("cachetune", 0.3, load_order="chunk", restore_stream="compute"),
+    plan_with("cachetune", 0.3, prefill_chunk_tokens=16, n_io_workers=2),
+    plan_with("cacheblend", 0.3, layer_group=1),
+    plan_with("epic", epic_tokens=8),
+]
+
+
+def name_of(plan: Any) -> str:
+    return f"{plan.policy}-{plan.layer_group}-{plan.load_order}-{plan.prefill_chunk_tokens}"
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral-window"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Runner, Runner]]:
+    """The same model on the CPU and on the simulated GPU."""
+    loaded, _ = make_twins(request.param)
+    folder = tmp_path_factory.mktemp("pair")
+    with (
+        Runner(loaded, folder / "cpu", TIERS) as cpu,
+        Runner(loaded, folder / "gpu", TIERS, device=FakeCuda(), kv_capacity_tokens=2048) as gpu,
+    ):
+        yield cpu, gpu
+
+
+def served(runner: Runner, workload: Workload, plan: ReusePlan, tier: str = "file") -> RunResult:
+    runner.prepare(workload, plan, tier)
+    result = runner.serve(workload, plan, runner.index(plan, tier))
+    check(result.timeline, workload)
+    return result
+
+
+def executed(runner: Runner, workload: Workload, plan: ReusePlan) -> RunResult:
+    runner.prepare(workload, plan, "dram")
+    index = runner.index(plan)
+    decisions, schedule = runner.batch_schedule(workload, plan, index, n_decode=2)
+    result = runner.execute_schedule(workload, plan, decisions, schedule, keep_suffix_logits=True)
+    check(result.timeline, schedule=schedule)
+    return result
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=name_of)
+def test_a_gpu_makes_the_tokens_of_the_cpu(pair: tuple[Runner, Runner], plan: ReusePlan) -> None:
+    workload = prompt_workload(PROMPTS, N_OUTPUT)
+    cpu, gpu = (served(runner, workload, plan) for runner in pair)
+    assert gpu.token_ids == cpu.token_ids
+    assert all(len(made) == N_OUTPUT for made in gpu.token_ids.values())
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=name_of)
+def test_a_fixed_dag_gives_the_logits_of_the_cpu(
+    pair: tuple[Runner, Runner], plan: ReusePlan
+) -> None:
+    """With two decode steps that are launched before the tokens before them are known."""
+    workload = prompt_workload(PROMPTS, 3)
+    cpu, gpu = (executed(runner, workload, plan) for runner in pair)
+    for request_id, logits in cpu.suffix_logits.items():
+        assert torch.allclose(gpu.suffix_logits[request_id], logits, atol=2e-4)
+    assert gpu.token_ids == cpu.token_ids
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> Iterator[Runner]:
+    loaded, _ = make_twins("llama")
+    with Runner(loaded, tmp_path, TIERS, device=FakeCuda(), kv_capacity_tokens=2048) as runner:
+        yield runner
+
+
+def test_a_dependency_that_is_not_followed_is_seen(
+    gpu: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What these tests can catch: without events between streams something must go wrong."""
+    workload, plan = prompt_workload(PROMPTS, 3), plan_with("cachetune", 0.3, layer_group=1)
+    monkeypatch.setitem(FakeStream.SLOW_S, "copy-in", 0.01)
+    executed(gpu, workload, plan)
+    monkeypatch.setattr(FakeStream, "follow", lambda self, mark: None)
+    with pytest.raises(AssertionError, match="restore of host tensors"):
+        executed(gpu, workload, plan)
+
+
+@pytest.mark.parametrize("plan", [plan_with("cachetune", 0.3), plan_with("cacheblend", 0.3)])
+def test_the_host_waits_for_nothing_on_the_path(gpu: Runner, plan: ReusePlan) -> None:
+    """A second run adds only what its executor does before anything is submitted."""
+    workload = prompt_workload(PROMPTS, N_OUTPUT)
+    device = gpu.device
+    served(gpu, workload, plan)
+    before = dict(device.host_waits)
+    once = {"rope table", "ingest", "warm-up of a graph", "capture"}
+    assert set(before) == {"clock", "executor", *once}
+    served(gpu, workload, plan)
+    after = dict(device.host_waits)
+    assert {k for k, v in after.items() if v != before[k]} == {"clock", "executor"}
+
+
+def test_what_the_simulated_gpu_refuses() -> None:
+    """Reads of the host, masks as indexes, and host indexes among tensors of the device."""
+    x, at = there(torch.arange(4.0)), torch.tensor([1, 2])
+    for wrong in (
+        lambda: x[0].item(),
+        lambda: int(x[1]),
+        lambda: bool((x > 1).any()),
+        lambda: x.cpu(),
+        lambda: x[x > 1],
+        lambda: x[at],
+        lambda: torch.equal(x, x),
+    ):
+        with pytest.raises(AssertionError):
+            wrong()
+    assert type(x[there(at)]) is type(x)
+
+
+def test_pinned_pages_serve_the_reads(gpu: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    pages = FakeCuda.host_pages
+    monkeypatch.setattr(FakeCuda, "host_pages", lambda d, n: made.append(n) or pages(d, n))
+    gpu.store._reader._pool._pages = gpu.device.host_pages
+    executed(gpu, prompt_workload(PROMPTS, 3), plan_with("full_reuse"))
+    assert made and all(n % 4096 == 0 for n in made)
+
+
+class TestGraphs:
+    """Decode steps under graphs."""
+
+    def test_steps_are_replayed(self, gpu: Runner) -> None:
+        workload = prompt_workload(PROMPTS, 6)
+        result = served(gpu, workload, plan_with("cachetune", 0.3))
+        graphs = gpu.stages.graphs
+        assert graphs is not None and not graphs.fallbacks
+        steps = sum(s.op.kind == "decode" for s in result.timeline.spans)
+        assert sum(graphs.replays.values()) == steps > 0
+        assert set(graphs.replays) <= {1, 2, 4}
+
+    def test_a_graph_is_captured_once_and_serves_other_prompts(self, gpu: Runner) -> None:
+        plan = plan_with("full_recompute")
+        served(gpu, prompt_workload(PROMPTS, 5), plan)
+        n = len(gpu.device.graphs)  # type: ignore[attr-defined]
+        others = [[tokens(30, 7), tokens(11, 8)], [tokens(61, 9), tokens(5, 10)]]
+        workload = prompt_workload(others, 5)
+        on_gpu = served(gpu, workload, plan)
+        assert len(gpu.device.graphs) == n  # type: ignore[attr-defined]
+        with Runner(gpu.loaded, gpu.store.root.parent / "cpu", TIERS) as cpu:
+            assert served(cpu, workload, plan).token_ids == on_gpu.token_ids
+
+    def test_rows_are_counted_without_the_filling(self, gpu: Runner) -> None:
+        workload = prompt_workload(PROMPTS, 4)
+        served(gpu, workload, plan_with("full_recompute"))
+        gpu.transformer.reset_counts()
+        served(gpu, workload, plan_with("full_recompute"))
+        prompts = sum(len(part) for prompt in PROMPTS for part in prompt)
+        assert gpu.transformer.rows_by_layer == [prompts + 3 * len(PROMPTS)] * gpu.spec.n_layers
+
+    def test_kv_outside_the_pool_falls_back_with_a_reason(self, gpu: Runner) -> None:
+        workload = prompt_workload(PROMPTS, 4)
+        plan = plan_with("cachetune", 0.3)
+        want = served(gpu, workload, plan).token_ids
+        gpu._pool._free = [(0, 192)]  # type: ignore[union-attr]
+        assert served(gpu, workload, plan).token_ids == want
+        assert gpu.stages.graphs is not None
+        assert gpu.stages.graphs.fallbacks["KV outside the pooled buffer"] > 0
+
+    def test_what_is_not_captured_runs_as_it_is(self, gpu: Runner) -> None:
+        workload, plan = prompt_workload(PROMPTS, 4), plan_with("full_recompute")
+        want = served(gpu, workload, plan).token_ids
+        graphs = gpu.stages.graphs
+        assert graphs is not None
+        graphs._graphs.clear()
+        graphs._enabled = False
+        assert served(gpu, workload, plan).token_ids == want
+        assert graphs.fallbacks["off"] > 0
+
+    def test_every_batch_has_a_bucket(self) -> None:
+        assert list(BUCKETS) == sorted(BUCKETS) and BUCKETS[0] == 1
+
+
+def test_slots_are_lent_and_joined_again(gpu: Runner) -> None:
+    pool = SlabPool(gpu.spec, 640, [(gpu.spec.n_layers, FakeCuda())])
+    first, second, third = (pool.take(n) for n in (100, 64, 200))
+    assert [b.base for b in (first, second, third)] == [0, 128, 192]
+    assert pool.take(400).base is None and pool.n_outside == 1
+    pool.give_back(second)
+    pool.give_back(first)
+    assert pool._free[0] == (0, 192)
+    assert pool.take(192).base == 0
+    pool.give_back(third)
+    assert pool.n_free_slots == 640 - 192
+    assert pool.slab.k[0].shape[1] == 640 + SCRATCH_SLOTS
+
+
+def test_rows_may_move_within_a_batch() -> None:
+    rows = Rows.of(None, 0, torch.tensor([1, 2, 5]))  # type: ignore[arg-type]
+    moved = rows.moved(7)
+    assert (moved.start, moved.stop, moved.n) == (7, 10, 3)
+    assert moved.plans is rows.plans
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "cuda:99", "cpu:1"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match="--device must be cpu, cuda or cuda:<i>"):
+        open_device(name)
+
+
+def test_the_cpu_is_a_device() -> None:
+    assert open_device("cpu").kind == "cpu" and isinstance(open_device("cpu"), Device)
+
+
+def test_with_the_triton_kernels_themselves() -> None:
+    """Interpreted, in a process of their own: what the launchers are given is what they take."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = Path(__file__).with_name("run_interpreted.py")
+    paths = os.pathsep.join([str(script.parent), *(p for p in sys.path if p)])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    run = subprocess.run(
+        [sys.executable, "-P", str(script)], capture_output=True, text=True, env=env, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = dict(line.split("\t", 1) for line in run.stdout.splitlines() if "\t" in line)
+    assert set(found.values()) == {"ok"} and {"cachetune", "cacheblend", "kernels"} <= set(found)

@@ -1,0 +1,81 @@
+"""A real GPU: the values of the CPU, no synchronising call on the path, graphs; `make gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cachetune.core.plan import ReusePlan
+from cachetune.runtime import runner as runner_module
+from cachetune.runtime.cuda_device import is_pinned
+from cachetune.runtime.device import open_device
+from cachetune.runtime.rope_gate import check_rope
+from cachetune.runtime.runner import Runner
+
+from .model_cases import TIERS, make_twins, prompt_workload
+from .test_device_paths import PLANS, PROMPTS, executed, name_of, served
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Runner, Runner]]:
+    folder = tmp_path_factory.mktemp("gpu")
+    with (
+        Runner(make_twins("llama")[0], folder / "cpu", TIERS) as cpu,
+        Runner(
+            make_twins("llama")[0], folder / "gpu", TIERS, device="cuda", kv_capacity_tokens=4096
+        ) as gpu,
+    ):
+        yield cpu, gpu
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("plan", PLANS, ids=name_of)
+def test_logits_of_the_cpu(pair: tuple[Runner, Runner], plan: ReusePlan, batch: int) -> None:
+    workload = prompt_workload(PROMPTS, 3)
+    plan = plan.replace(prefill_batch=batch)
+    cpu, gpu = (executed(runner, workload, plan) for runner in pair)
+    for request_id, logits in cpu.suffix_logits.items():
+        torch.testing.assert_close(
+            gpu.suffix_logits[request_id].float(), logits.float(), atol=2e-3, rtol=2e-3
+        )
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=name_of)
+def test_no_call_synchronises(
+    pair: tuple[Runner, Runner], plan: ReusePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises in any thread that waits for the device between submission and the last span."""
+    workload, gpu = prompt_workload(PROMPTS, 3), pair[1]
+    executed(gpu, workload, plan)
+    execute = runner_module.execute
+
+    def strict(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return execute(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(runner_module, "execute", strict)
+    executed(gpu, workload, plan)
+
+
+def test_decode_steps_are_replayed(pair: tuple[Runner, Runner]) -> None:
+    workload = prompt_workload(PROMPTS, 6)
+    cpu, gpu = (served(runner, workload, PLANS[2]) for runner in pair)
+    graphs = pair[1].stages.graphs
+    assert graphs is not None and graphs.replays and not graphs.fallbacks
+    assert gpu.token_ids == cpu.token_ids
+
+
+def test_staging_is_pinned_and_the_gate_passes(pair: tuple[Runner, Runner]) -> None:
+    pages = open_device("cuda").host_pages(1 << 20)
+    assert is_pinned(pages) and pages.ctypes.data % 4096 == 0
+    assert check_rope(pair[1].transformer) < 1e-5
