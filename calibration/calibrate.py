@@ -47,6 +47,8 @@ class Settings:
     rhos: tuple[float, ...] = RHOS
     compute_threads: int = 1
     seed: int = 0
+    device: str = "cpu"
+    """cpu, cuda or cuda:<i>."""
 
 
 def tier_configs(model: ModelSpec, token_s: float, rhos: Sequence[float]) -> list[TierConfig]:
@@ -79,8 +81,13 @@ def configs_of(profile: HardwareProfile) -> list[TierConfig]:
     ]
 
 
-def open_runner(profile: HardwareProfile, loaded: LoadedModel, store_dir: str) -> Runner:
-    """A runner whose tiers are the profile's.
+def open_runner(
+    profile: HardwareProfile, loaded: LoadedModel, store_dir: str, device: str = ""
+) -> Runner:
+    """A runner whose tiers are the profile's, on a device of its kind.
+
+    Args:
+        device: cpu, cuda or cuda:<i>; by default the first of the profile's kind.
 
     Raises:
         ProfileError: the profile was measured with another model.
@@ -94,8 +101,13 @@ def open_runner(profile: HardwareProfile, loaded: LoadedModel, store_dir: str) -
             values=f"profile {profile.model_fingerprint}, model {loaded.fingerprint}",
             remedy="calibrate with this model",
         )
-    threads = profile.device.compute_threads
-    return Runner(loaded, store_dir, configs_of(profile), compute_threads=threads)
+    return Runner(
+        loaded,
+        store_dir,
+        configs_of(profile),
+        compute_threads=profile.device.compute_threads,
+        device=device or profile.device.kind,
+    )
 
 
 def calibrate(
@@ -110,11 +122,13 @@ def calibrate(
     threads = settings.compute_threads
     with tempfile.TemporaryDirectory(prefix="cachetune-") as folder:
         plain = tier_configs(loaded.spec, 1.0, ())
-        with Runner(loaded, folder, plain, compute_threads=threads) as r:
+        with Runner(loaded, folder, plain, compute_threads=threads, device=settings.device) as r:
             token_s = recompute_s_per_token(r, library, settings)
             loads = measure_media(r, library, [c.name for c in plain], settings.max_tokens)
         configs = tier_configs(loaded.spec, token_s, settings.rhos)
-        with Runner(loaded, folder, configs, compute_threads=threads) as runner:
+        with Runner(
+            loaded, folder, configs, compute_threads=threads, device=settings.device
+        ) as runner:
             fast = [c.name for c in plain]
             # Limited tiers too: an op that waited finds other things in the caches.
             waiting = [rho_tier(rho) for rho in settings.rhos if rho < PROBED_RHO]
@@ -126,7 +140,7 @@ def calibrate(
                 lambda done, total: tell("probes", done, total),
             )
             unbuffered = {c.name: runner.store.is_unbuffered(c.name) for c in configs}
-    device = device_here(threads)
+    device = device_here(threads, settings.device)
     media = fit_media([*loads, *measured], {c.name: c.medium for c in plain}, settings.seed)
     tiers = tiers_of(configs, media.coefficients, settings.rhos, unbuffered)
     coefficients, fits = fit_all(measured, loaded.spec, tiers, settings.seed)

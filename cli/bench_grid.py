@@ -28,6 +28,7 @@ _Trials = Annotated[int, typer.Option(min=20, help="Simulated plans per tier.")]
 _Repeats = Annotated[int, typer.Option(min=2, help="Repeats of every plan of the grid.")]
 _Work = Annotated[Path, typer.Option(help="Where it goes on from; remove it to start anew.")]
 _Out = Annotated[Path, typer.Option(help="Folder of lists, rows, plans and the result.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>; default the profile's.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 
 RATIO_MIN = 0.15
@@ -63,28 +64,31 @@ def command(
     work: _Work = Path("build/grid"),
     out: _Out = Path("results/cpu/grid"),
     seed: _Seed = 0,
+    device: _Device = "",
 ) -> None:
     """Hold tuned plans against a measured grid and against golden-section search."""
     from ..calibration.calibrate import Settings, calibrate, open_runner
     from ..calibration.probes import Library, Shape
     from ..core.hardware import HardwareProfile
     from ..core.record import check_writable, write_atomic
-    from ..runtime.loaded_model import load_model
-    from ..runtime.machine import provenance_here
     from ..tuner.grid import relate
+    from .bench_machine import checked_device, load_on, provenance
     from .console import note, print_json_line, print_table, progress_bar
 
     check_writable(profile, out / "grid.json", work / "grid.json")
-    loaded = load_model(model)
+    machine = HardwareProfile.read(profile) if profile.exists() else None
+    device = checked_device(device, machine)
+    loaded = load_on(model, device, machine.model.dtype if machine else "float32")
     with progress_bar() as tell:
-        if not profile.exists():
-            calibrate(loaded, Settings(max_tokens=8 * chunk_tokens, seed=seed), tell).write(profile)
-        machine = HardwareProfile.read(profile)
+        if machine is None:
+            settings = Settings(max_tokens=8 * chunk_tokens, seed=seed, device=device)
+            machine = calibrate(loaded, settings, tell)
+            machine.write(profile)
         workload = Library(loaded.spec, seed).workload(Shape(8, chunk_tokens, 32))
         found = []
         with (
             tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
-            open_runner(machine, loaded, folder) as runner,
+            open_runner(machine, loaded, folder, device) as runner,
         ):
             for tier in tiers.split(","):
                 machine.tier(tier)
@@ -99,8 +103,7 @@ def command(
         for name in ("list.json", "rows.jsonl", "plan.json"):
             write_atomic(out / f"{tier}.{name}", (work / f"{tier}.{name}").read_bytes())
     machine.write(out / "profile.json")
-    provenance = provenance_here(seed).model_dump(mode="json")
-    result = {"provenance": provenance, "model": model, "tiers": found}
+    result = {"provenance": provenance(seed, device), "model": model, "tiers": found}
     write_atomic(out / "grid.json", (json.dumps(result, indent=1) + "\n").encode())
     print_table([_cells(f) for f in found], COLUMNS, "tuned plan against the measured grid")
     note(f"result: {out}/grid.json")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..core.hardware import HardwareProfile
     from ..runtime.chunk_store import ChunkStore
     from ..runtime.loaded_model import LoadedModel
     from ..runtime.runner import Runner
@@ -36,13 +37,45 @@ def pick_device(device: str) -> str:
     return device
 
 
+def checked_device(device: str, profile: HardwareProfile | None = None) -> str:
+    """`cpu`, `cuda` or `cuda:<i>`; empty for the kind that the profile was measured on.
+
+    Raises:
+        CacheTuneError: another name, not there, or not of the profile's kind.
+    """
+    from ..core.errors import ProfileError
+    from ..runtime.device import open_device
+
+    name = device or (profile.device.kind if profile is not None else "cpu")
+    kind = open_device(name).kind
+    if profile is not None and kind != profile.device.kind:
+        raise ProfileError(
+            "--device must be of the kind that the profile was measured on",
+            values=f"{name}, profile of {profile.device.kind} ({profile.device.name})",
+            remedy=f"calibrate with --device {name}, or leave --device out",
+        )
+    return name
+
+
+def load_on(model: str, device: str, dtype: str, seed: int = 0) -> LoadedModel:
+    """A model in that dtype; random weights are drawn on the device itself."""
+    import torch
+
+    from ..runtime.loaded_model import load_model
+
+    with torch.device(device):
+        return load_model(model, dtype, seed)
+
+
 def device_name(device: str) -> str:
     """As the driver or the kernel names it."""
     import torch
 
     from ..runtime.machine import device_here
 
-    return torch.cuda.get_device_name() if device == "cuda" else device_here().name
+    return (
+        torch.cuda.get_device_name(torch.device(device)) if device != "cpu" else device_here().name
+    )
 
 
 def results_folder(device: str) -> Path:
@@ -81,12 +114,7 @@ def load(model: str, device: str, seed: int = 0) -> LoadedModel:
 
     Random weights are drawn on the device itself.
     """
-    import torch
-
-    from ..runtime.loaded_model import load_model
-
-    with torch.device(device):
-        return load_model(model, "bfloat16" if device == "cuda" else "float32", seed)
+    return load_on(model, device, "bfloat16" if device == "cuda" else "float32", seed)
 
 
 def runner(
@@ -100,7 +128,7 @@ def runner(
     """A runner on the device; the tier `file-cached` reads through the page cache."""
     from ..runtime.runner import Runner
 
-    made = Runner(loaded, folder, tiers, compute_threads=threads, **more)
+    made = Runner(loaded, folder, tiers, compute_threads=threads, device=device, **more)
     if any(t.name == "file-cached" for t in tiers):
         read_buffered(made.store, "file-cached")
     return made
@@ -117,6 +145,6 @@ def provenance(seed: int, device: str) -> dict[str, Any]:
     from ..runtime.machine import provenance_here
 
     found = provenance_here(seed).model_dump(mode="json")
-    if device == "cuda":
+    if device != "cpu":
         found["machine"] = f"{device_name(device)}; {found['machine']}"
     return found

@@ -18,6 +18,7 @@ _Out = Annotated[Path, typer.Option(help="Where the profile is written.")]
 _MaxTokens = Annotated[int, typer.Option(min=128, help="Longest probe prompt, tokens.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats of each probe.")]
 _Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")]
 _Threads = Annotated[int, typer.Option(min=1, help="Threads of a compute op.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 _Check = Annotated[bool, typer.Option("--check", help="Predict and measure held-out schedules.")]
@@ -33,6 +34,7 @@ def command(
     max_tokens: _MaxTokens = 1024,
     repeats: _Repeats = 6,
     dtype: _Dtype = "float32",
+    device: _Device = "cpu",
     threads: _Threads = 1,
     seed: _Seed = 0,
     check: _Check = False,
@@ -45,18 +47,22 @@ def command(
     from ..calibration.calibrate import Settings, calibrate
     from ..core.hardware import HardwareProfile
     from ..core.record import check_writable
-    from ..runtime.loaded_model import load_model
+    from .bench_machine import checked_device, load_on
     from .console import note, print_json_line, progress_bar
 
     check_writable(out if profile is None else None)
     if check:
         check_writable(check_out / "predicted.json")
-    loaded = load_model(model, dtype)
-    if profile is not None:
-        machine = HardwareProfile.read(profile)
-    else:
+    machine = HardwareProfile.read(profile) if profile is not None else None
+    device = checked_device(device, machine)
+    loaded = load_on(model, device, dtype)
+    if machine is None:
         settings = Settings(
-            max_tokens=max_tokens, n_repeats=repeats, compute_threads=threads, seed=seed
+            max_tokens=max_tokens,
+            n_repeats=repeats,
+            compute_threads=threads,
+            seed=seed,
+            device=device,
         )
         with progress_bar() as tell:
             machine = calibrate(loaded, settings, tell)

@@ -25,6 +25,7 @@ _Passages = Annotated[int, typer.Option(min=8, help="Passages in the library.")]
 _Tokens = Annotated[int, typer.Option(min=32, help="Tokens of a passage.")]
 _Trials = Annotated[int, typer.Option(min=20, help="Simulated plans per tier.")]
 _Repeats = Annotated[int, typer.Option(min=2, help="Interleaved repeats of each measurement.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 
 CHUNKS = 8
@@ -55,6 +56,7 @@ def command(
     trials: _Trials = 80,
     repeats: _Repeats = 3,
     seed: _Seed = 0,
+    device: _Device = "cpu",
 ) -> None:
     """Calibrate, tune and run every policy in every tier; write the report to build/demo."""
     from ..calibration.calibrate import Settings, calibrate, open_runner
@@ -62,22 +64,25 @@ def command(
     from ..calibration.toy_model import shipped_quality
     from ..calibration.toy_rows import toy_rows
     from ..core.record import check_writable
-    from ..runtime.loaded_model import load_model
+    from .bench_machine import checked_device, load_on
     from .console import note, progress_bar
     from .demo_output import finish
 
     started = time.monotonic()
     check_writable(out / "report.html")
-    loaded = load_model(model)
+    device = checked_device(device)
+    loaded = load_on(model, device, "float32" if device == "cpu" else "bfloat16")
     workload = _workload(passages, passage_tokens, seed)
     workload.check_fits(loaded.spec)
     with progress_bar() as tell:
-        settings = Settings(max_tokens=CHUNKS * passage_tokens, n_repeats=4, seed=seed)
+        settings = Settings(
+            max_tokens=CHUNKS * passage_tokens, n_repeats=4, seed=seed, device=device
+        )
         profile = calibrate(loaded, settings, tell)
         profile.write(out / "profile.json")
         with (
             tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
-            open_runner(profile, loaded, folder) as runner,
+            open_runner(profile, loaded, folder, device) as runner,
         ):
             alone = single_requests(workload, N_REQUESTS)
             demo = Demo(runner, profile, alone, shipped_quality(), passage_tokens)

@@ -60,7 +60,7 @@ def _kernels(device: str) -> dict[str, list[str]]:
         "kernels-attention": "sparse_attention",
         "kernels-restore": "restore,deviation,gather_host",
         "kernels-pack": "pack",
-        "kernels-decode": "decode_quantised",
+        "kernels-decode": "decode_quantised,decode_pooled",
     }
     small = [] if device == "cuda" else ["--smaller-by", "128", "--repeats", "3"]
     return {
@@ -109,22 +109,31 @@ def _throughput(device: str) -> dict[str, list[str]]:
 
 
 def _loop(device: str, folder: Path) -> list[Step]:
-    """Calibrate, tune and run beside a grid of fixed plans, predict held-out schedules."""
+    """Calibrate; tune, confirmed for real; run the tuned plan; a grid of fixed plans; held-out
+    schedules predicted, then measured."""
     cuda = device == "cuda"
     model = MODEL if cuda else TINY
-    on = ["--device", "cuda", "--dtype", "bfloat16"] if cuda else []
-    profile = str(folder / "profile.json")
+    profile, plan = str(folder / "profile.json"), str(folder / "plan.json")
+    on = ["--device", device]
     tokens = "8192" if cuda else "128"
     calibrate = ["cachetune", "calibrate", "--model", model, *on, "--max-tokens", tokens]
+    calibrate += ["--dtype", "bfloat16" if cuda else "float32"]
     repeats = [] if cuda else ["--repeats", "1"]
-    chunk = "512" if cuda else "32"
-    tiers = LOOP_TIERS if cuda else "rho0.7"
+    tier = "rho0.7"
     trials = "150" if cuda else "20"
-    grid = ["cachetune", "bench", "grid", "--model", model, *on[:2], "--profile", profile]
-    grid += ["--tiers", tiers, "--chunk-tokens", chunk, "--trials", trials]
+    tune = ["cachetune", "tune", "--profile", profile, "--tier", tier, "--model", model, *on]
+    tune += ["--trials", trials, "--confirm", "4" if cuda else "2", "--out", plan]
+    run = ["cachetune", "run", "--model", model, "--plan", plan, "--profile", profile, *on]
+    run += ["--trace", str(folder / "run-trace.json")]
+    grid = ["cachetune", "bench", "grid", "--model", model, *on, "--profile", profile]
+    grid += ["--tiers", LOOP_TIERS if cuda else tier, "--trials", trials]
+    grid += ["--chunk-tokens", "512" if cuda else "32"]
+    grid += ["--work", str(STAMPS / folder.name / "grid")]
     check = ["--profile", profile, "--check", "--check-out", str(folder / "fidelity")]
     return [
         Step("loop-calibrate", (*calibrate, *repeats, "--out", profile)),
+        Step("loop-tune", tuple(tune)),
+        Step("loop-run", tuple(run)),
         Step("loop-grid", (*grid, "--out", str(folder / "grid"))),
         Step("loop-fidelity", (*calibrate, *check, "--seed", "11")),
     ]

@@ -17,7 +17,20 @@ import typer
 from ..core.errors import CacheTuneError
 from .console import fail
 
-COMMANDS = ("demo", "calibrate", "tune", "simulate", "run", "bench", "validate", "schema")
+COMMANDS = (
+    "demo",
+    "calibrate",
+    "tune",
+    "run",
+    "simulate",
+    "replay",
+    "whatif",
+    "catalogue",
+    "trace",
+    "bench",
+    "validate",
+    "schema",
+)
 """In the order of `--help`."""
 
 DEFAULT_ARGS = ["--help"]

@@ -19,6 +19,7 @@ _Model = Annotated[str, typer.Option(help="Folder of a Hugging Face model, or a 
 _Plan = Annotated[Path, typer.Option(help="Plan, from `tune`.")]
 _Profile = Annotated[Path, typer.Option(help="Profile of the machine, from `calibrate`.")]
 _Workload = Annotated[Path | None, typer.Option(help="Workload; without it, one is generated.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>; default the profile's.")]
 _Tier = Annotated[str | None, typer.Option(help="Where the chunks lie; default the plan's.")]
 _Mismatch = Annotated[bool, typer.Option(help="Take a plan made for another machine or model.")]
 _Trace = Annotated[Path | None, typer.Option(help="Write a Chrome trace here.")]
@@ -36,6 +37,7 @@ def command(
     trace: _Trace = None,
     store: _Store = None,
     seed: _Seed = 0,
+    device: _Device = "",
 ) -> None:
     """Serve a workload for real: TTFT, throughput and bytes moved."""
     from ..core.hardware import HardwareProfile
@@ -43,7 +45,7 @@ def command(
     from ..core.record import check_writable
     from ..core.trace import write_chrome
     from ..core.workload import Workload
-    from ..runtime.loaded_model import load_model
+    from .bench_machine import checked_device, load_on
     from .console import note, warn
     from .tune import sample_workload
 
@@ -56,11 +58,12 @@ def command(
         work = sample_workload(machine, seed)
     where = tier or _tier_of(tuned, machine)
     machine.tier(where)
-    loaded = load_model(model, machine.model.dtype)
-    check_here(tuned, machine, loaded, allow_mismatch=allow_mismatch)
+    device = checked_device(device, machine)
+    loaded = load_on(model, device, machine.model.dtype)
+    check_here(tuned, machine, loaded, device, allow_mismatch=allow_mismatch)
     if tuned.quality == "borrowed":
         warn("quality: borrowed (measured with another model)")
-    result, timeline = serve(work, machine, loaded, tuned.plan, where, store)
+    result, timeline = serve(work, machine, loaded, tuned.plan, where, store, device)
     if trace is not None:
         write_chrome(trace, timeline)
         note(f"trace: {trace} (open it in ui.perfetto.dev)")
@@ -68,7 +71,12 @@ def command(
 
 
 def check_here(
-    tuned: TunedPlan, machine: HardwareProfile, loaded: LoadedModel, *, allow_mismatch: bool
+    tuned: TunedPlan,
+    machine: HardwareProfile,
+    loaded: LoadedModel,
+    device: str,
+    *,
+    allow_mismatch: bool,
 ) -> None:
     """Refuse a plan, or a profile, of another machine or model; warn if it is allowed.
 
@@ -80,7 +88,7 @@ def check_here(
     from ..runtime.machine import device_here
     from .console import warn
 
-    here = device_here(machine.device.compute_threads).fingerprint()
+    here = device_here(machine.device.compute_threads, device).fingerprint()
     differs = tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
     if differs:
         warn(differs)
@@ -102,6 +110,7 @@ def serve(
     plan: ReusePlan,
     tier: str,
     store: Path | None = None,
+    device: str = "",
 ) -> tuple[dict[str, Any], Timeline]:
     """(metrics and what they are of, timeline) of `work` served for real."""
     from ..calibration.calibrate import open_runner
@@ -112,8 +121,9 @@ def serve(
     work.check_runnable(loaded.spec)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
-        open_runner(machine, loaded, str(store or folder)) as runner,
+        open_runner(machine, loaded, str(store or folder), device) as runner,
     ):
+        runner.use_stages(plan.pipeline_stages)
         check_rope(runner.transformer)
         runner.prepare(work, plan, tier)
         served = runner.serve(work, plan, runner.index(plan, tier, tenants_of(work)))

@@ -36,6 +36,7 @@ _RatioMin = Annotated[
 _Confirm = Annotated[int, typer.Option(min=0, help="Plans to measure for real; needs --model.")]
 _Model = Annotated[str | None, typer.Option(help="Folder of a Hugging Face model, or a shape.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Measured repeats of each confirmed plan.")]
+_Device = Annotated[str, typer.Option(help="Of --confirm: cpu, cuda or cuda:<i>.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 
 
@@ -52,6 +53,7 @@ def command(
     model: _Model = None,
     repeats: _Repeats = 7,
     seed: _Seed = 0,
+    device: _Device = "",
 ) -> None:
     """Find the fastest plan that keeps the quality floor, on the simulated machine."""
     from ..core.hardware import HardwareProfile
@@ -73,7 +75,7 @@ def command(
     tiers = [name.strip() for name in tier.split(",")]
     for name in tiers:
         machine.tier(name)
-    with _runner(machine, model, confirm) as runner:
+    with _runner(machine, model, confirm, device) as runner:
         note(f"tuning for {', '.join(tiers)}: {trials} trials")
         tuned = tune(
             machine,
@@ -116,10 +118,15 @@ def sample_workload(machine: HardwareProfile, seed: int) -> Workload:
 
 
 @contextmanager
-def _runner(machine: HardwareProfile, model: str | None, n_confirm: int) -> Iterator[Runner | None]:
+def _runner(
+    machine: HardwareProfile, model: str | None, n_confirm: int, device: str
+) -> Iterator[Runner | None]:
     """A runner for confirmation, or None; its store lives as long as the tuning."""
     from ..core.errors import PlanError
+    from .bench_machine import checked_device, load_on
 
+    if device:
+        checked_device(device, machine)
     if not n_confirm:
         yield None
         return
@@ -128,12 +135,12 @@ def _runner(machine: HardwareProfile, model: str | None, n_confirm: int) -> Iter
             "confirmation runs the model", values=f"--confirm {n_confirm}", remedy="add --model"
         )
     from ..calibration.calibrate import open_runner
-    from ..runtime.loaded_model import load_model
 
-    loaded = load_model(model, machine.model.dtype)
+    device = checked_device(device, machine)
+    loaded = load_on(model, device, machine.model.dtype)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
-        open_runner(machine, loaded, folder) as runner,
+        open_runner(machine, loaded, folder, device) as runner,
     ):
         yield runner
 

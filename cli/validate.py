@@ -32,6 +32,14 @@ def bundles(data: _Data, out: _Out = None, profiles: _Profiles = None) -> None:
 
 
 @command.command()
+def published(out: _Out = None) -> None:
+    """Results of papers, each predicted from the settings that it states."""
+    from .validate_published import validate_published
+
+    validate_published(out)
+
+
+@command.command()
 def silicon(data: _Data, out: _Out = None) -> None:
     """TTFT and TPOT at fixed load on H100, one host overhead per engine."""
     from .validate_end_to_end import validate_silicon

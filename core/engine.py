@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
+from .batching import can_join, in_batches, join, rows_of
 from .block_pool import BlockPool
 from .chunk_index import ChunkIndex
 from .decision import ReuseDecision
 from .errors import InvariantViolation
-from .lowering import lower
+from .lowering import NewId, lower
 from .model_spec import ModelSpec
 from .ops import COMPUTE, Op, Outcome, Span
 from .plan import ReusePlan
@@ -66,7 +67,8 @@ class Engine:
         self._prefills: dict[int, _Prefill] = {}
         self._queue: deque[int] = deque()
         self._decoding: dict[int, list[int]] = {}
-        self._pieces_in_flight: dict[int, int] = {}
+        self._pieces_in_flight: dict[int, frozenset[int]] = {}
+        """By the op that ends it: the requests of a piece."""
         self._decode_in_flight = False
         self._n_open = 0
 
@@ -92,46 +94,76 @@ class Engine:
         """An op has ended; returns ops to submit."""
         op = span.op
         if op.kind == "decode":
+            if op.passes_on:
+                return []
             self._decode_in_flight = False
             for request_id in op.request_ids:
                 self._token_made(request_id, span.outcome)
             return self._schedule()
-        prefill = self._prefills[op.request_ids[0]]
-        prefill.n_in_flight -= 1
-        if span.outcome.failed_chunks:
-            prefill.failed |= set(span.outcome.failed_chunks)
-        if op.op_id in self._pieces_in_flight:
-            del self._pieces_in_flight[op.op_id]
+        self._pieces_in_flight.pop(op.op_id, None)
+        for request_id in op.request_ids:
+            prefill = self._prefills[request_id]
+            prefill.n_in_flight -= 1
+            if span.outcome.failed_chunks:
+                prefill.failed |= set(span.outcome.failed_chunks)
             if op.kind == "head" and not prefill.failed:
                 self._prefill_done(prefill, span.outcome)
-        if prefill.failed and prefill.n_in_flight == 0:
-            self._start_again(prefill)
+            if prefill.failed and prefill.n_in_flight == 0:
+                self._start_again(prefill)
         return self._schedule()
 
     def _schedule(self) -> list[Op]:
         """Everything that may be submitted now: a decode step first, then prefill pieces."""
         ops: list[Op] = []
         if self._decoding and not self._decode_in_flight:
-            ops.append(self._decode_step())
+            ops += self._decode_step()
         while len(self._pieces_in_flight) < DEPTH:
-            piece = self._next_piece()
-            if not piece:
+            pieces = self._next_pieces()
+            if not pieces:
                 break
-            self._pieces_in_flight[piece[-1].op_id] = piece[-1].request_ids[0]
+            piece = pieces[0] if len(pieces) == 1 else join(pieces)
+            requests = frozenset(p[-1].request_ids[0] for p in pieces)
+            self._pieces_in_flight[piece[-1].op_id] = requests
+            for op in piece:
+                for request_id in op.request_ids:
+                    self._prefills[request_id].n_in_flight += 1
             ops += piece
         return ops
 
-    def _next_piece(self) -> list[Op]:
-        while self._queue:
-            prefill = self._prefills[self._queue[0]]
+    def _next_pieces(self) -> list[list[Op]]:
+        """The next piece, and pieces of other requests that go through the layers with it."""
+        first = self._next_piece()
+        if first is None:
+            return []
+        found, rows = [first], rows_of(first)
+        while len(found) < self.plan.prefill_batch:
+            taken = {piece[-1].request_ids[0] for piece in found}
+            more = self._next_piece(taken, first, self.plan.prefill_chunk_tokens - rows)
+            if more is None:
+                break
+            found.append(more)
+            rows += rows_of(more)
+        return found
+
+    def _next_piece(
+        self, taken: Container[int] = (), like: Sequence[Op] = (), room: int = 0
+    ) -> list[Op] | None:
+        """The next piece of the queue; behind `like`, of a request that is not `taken`, if it can
+        join it and has at most `room` rows."""
+        for request_id in list(self._queue):
+            prefill = self._prefills[request_id]
             if prefill.pieces and not prefill.failed:
-                piece = prefill.pieces.popleft()
-                prefill.n_in_flight += len(piece)
+                if request_id in taken:
+                    continue
+                piece = prefill.pieces[0]
+                if like and (rows_of(piece) > room or not can_join(like, piece)):
+                    return None
+                prefill.pieces.popleft()
                 if not prefill.pieces:
-                    self._queue.popleft()
+                    self._queue.remove(request_id)
                 return piece
-            self._queue.popleft()
-        return self._next_piece() if self._admit() else []
+            self._queue.remove(request_id)
+        return self._next_piece(taken, like, room) if self._admit() else None
 
     def _admit(self) -> bool:
         """Move the oldest waiting request into prefill if it fits."""
@@ -167,7 +199,7 @@ class Engine:
         request_id = prefill.request.request_id
         if request_id in self._queue:
             self._queue.remove(request_id)
-        for op_id in [i for i, r in self._pieces_in_flight.items() if r == request_id]:
+        for op_id in [i for i, r in self._pieces_in_flight.items() if r == {request_id}]:
             del self._pieces_in_flight[op_id]
         self._begin(prefill.request, prefill.attempt + 1)
         self._queue.rotate(1)
@@ -195,11 +227,11 @@ class Engine:
             self.blocks.free(request_id)
             self._n_open -= 1
 
-    def _decode_step(self) -> Op:
+    def _decode_step(self) -> list[Op]:
         self._decode_in_flight = True
         request_ids = tuple(self._decoding)
         n_pairs = sum(self._decoding[r][0] for r in request_ids)
-        return decode_op(next(self._ids), request_ids, n_pairs, self.model, None)
+        return decode_ops(self._ids.__next__, request_ids, n_pairs, self.model, self.plan, None)
 
 
 def schedule_of(
@@ -217,37 +249,50 @@ def batch_schedule_of(
     """All requests at once, then `n_decode` steps of the whole batch, as one fixed DAG."""
     ids = itertools.count()
     decisions = {}
-    ops: list[Op] = []
+    pieces = []
     for request in workload.requests:
         found = index.lookup(request.chunks, request.tenant)
         decision = decide(plan, found, workload.chunk_tokens(request), request.suffix_tokens)
         decisions[request.request_id] = decision
-        for piece in lower(request.request_id, decision, plan, model, ids.__next__):
-            ops += piece
+        pieces.append(lower(request.request_id, decision, plan, model, ids.__next__))
+    ops = in_batches(pieces, plan.prefill_batch, plan.prefill_chunk_tokens)
     context = sum(workload.prompt_tokens(r) for r in workload.requests)
     batch = len(workload.requests)
     for step in range(1, n_decode + 1):
-        ops.append(
-            decode_op(next(ids), tuple(decisions), context + step * batch, model, ops[-1].op_id)
-        )
+        n_pairs = context + step * batch
+        last = ops[-1].op_id
+        ops += decode_ops(ids.__next__, tuple(decisions), n_pairs, model, plan, last)
     return decisions, ops
 
 
-def decode_op(
-    op_id: int, request_ids: tuple[int, ...], n_pairs: int, model: ModelSpec, after: int | None
-) -> Op:
-    """One step of a batch that sees `n_pairs` keys in all, per layer."""
-    return Op(
-        op_id=op_id,
-        kind="decode",
-        stream=COMPUTE,
-        request_ids=request_ids,
-        layer_start=0,
-        layer_stop=model.n_layers,
-        n_tokens=len(request_ids),
-        n_pairs=n_pairs,
-        deps=() if after is None else (after,),
-    )
+def decode_ops(
+    new_id: NewId,
+    request_ids: tuple[int, ...],
+    n_pairs: int,
+    model: ModelSpec,
+    plan: ReusePlan,
+    after: int | None,
+) -> list[Op]:
+    """One step of a batch that sees `n_pairs` keys in all, per layer: an op on each stage."""
+    ops: list[Op] = []
+    for stage in range(plan.pipeline_stages):
+        ops.append(
+            Op(
+                op_id=new_id(),
+                kind="decode",
+                stream=COMPUTE,
+                request_ids=request_ids,
+                layer_start=plan.stage_start(stage, model.n_layers),
+                layer_stop=plan.stage_start(stage + 1, model.n_layers),
+                n_tokens=len(request_ids),
+                n_pairs=n_pairs,
+                deps=() if after is None else (after,),
+                device=stage,
+                passes_on=stage + 1 < plan.pipeline_stages,
+            )
+        )
+        after = ops[-1].op_id
+    return ops
 
 
 __all__ = ["DEPTH", "Engine", "batch_schedule_of", "schedule_of"]

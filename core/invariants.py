@@ -99,7 +99,7 @@ def _check_requests(timeline: Timeline, requests: Iterable[Request]) -> None:
             heads.setdefault(span.op.request_ids[0], []).append(span)
         elif span.op.kind == "decode":
             for request_id in span.op.request_ids:
-                tokens[request_id] += 1
+                tokens[request_id] += not span.op.passes_on
                 start = min(span.start_ns, first_decode.get(request_id, span.start_ns))
                 first_decode[request_id] = start
     known = {r.request_id: r for r in requests}
@@ -109,8 +109,9 @@ def _check_requests(timeline: Timeline, requests: Iterable[Request]) -> None:
     last_attempt: Counter[int] = Counter()
     for span in timeline.spans:
         if span.op.kind != "decode":
-            request_id = span.op.request_ids[0]
-            last_attempt[request_id] = max(last_attempt[request_id], span.op.attempt)
+            for op in span.op.members:
+                request_id = op.request_ids[0]
+                last_attempt[request_id] = max(last_attempt[request_id], op.attempt)
     for request_id, request in known.items():
         last = [s for s in heads.get(request_id, ()) if s.op.attempt == last_attempt[request_id]]
         if len(last) != 1:
@@ -174,8 +175,9 @@ def _check_reads(timeline: Timeline) -> None:
     prompts: dict[tuple[int, int], dict[str, list[Span]]] = {}
     for span in timeline.spans:
         if span.op.kind != "decode":
-            kinds = prompts.setdefault((span.op.request_ids[0], span.op.attempt), {})
-            kinds.setdefault(span.op.kind, []).append(span)
+            for op in span.op.members:
+                kinds = prompts.setdefault((op.request_ids[0], op.attempt), {})
+                kinds.setdefault(op.kind, []).append(span)
     for (request_id, _), kinds in prompts.items():
         loads, restores = kinds.get("load", []), kinds.get("restore", [])
         computed = kinds.get("prefill", [])

@@ -6,6 +6,7 @@ Both executors run exactly these ops. A prompt is computed in pieces of at most
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from .decision import ReuseDecision
 from .layout import n_reads, read_bytes
 from .model_spec import ModelSpec
 from .ops import COMPUTE, QUERY_BLOCK, RESTORE, Op, OpKind, Segment, io_stream
+from .pairs import Run, scored_pairs
 from .plan import ReusePlan
 
 NewId = Callable[[], int]
@@ -35,36 +37,11 @@ def lower(
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Layers [start, stop) that share one band, hence one set of rows."""
+    """Layers [start, stop) that share one band, hence one set of rows, and one device."""
 
     start: int
     stop: int
-
-
-class _Run(NamedTuple):
-    """Rows [start, stop) of the `total` that are spread over `n` tokens from `offset` on."""
-
-    part: int
-    offset: int
-    n: int
-    total: int
-    start: int
-    stop: int
-
-    @property
-    def n_rows(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def pairs(self) -> int:
-        """Keys that the rows see, in all."""
-        squares = self.stop * self.stop - self.start * self.start
-        spread = self.n * squares + self.n_rows * self.total
-        return self.n_rows * self.offset + spread // (2 * self.total)
-
-    def visible(self, row: int) -> int:
-        """Keys that one row sees, itself included."""
-        return self.offset + (2 * row + 1) * self.n // (2 * self.total) + 1
+    stage: int = 0
 
 
 class _Share(NamedTuple):
@@ -85,22 +62,6 @@ class _Rows(NamedTuple):
     n_pairs: int
     n_scored: int
     segments: tuple[Segment, ...]
-
-
-def scored_pairs(runs: Sequence[_Run]) -> int:
-    """Pairs scored by queries in blocks, each block over the keys up to its last query."""
-    scored = in_block = last = 0
-    for run in runs:
-        at = run.start
-        while at < run.stop:
-            step = min(QUERY_BLOCK - in_block, run.stop - at)
-            at += step
-            in_block += step
-            last = run.visible(at - 1)
-            if in_block == QUERY_BLOCK:
-                scored += in_block * last
-                in_block = 0
-    return scored + in_block * last
 
 
 class _Lowering:
@@ -136,13 +97,17 @@ class _Lowering:
         n_layers = self.model.n_layers
         cuts = {0, n_layers}
         cuts |= {self.decision.band_start(b, n_layers) for b in range(self.decision.n_bands)}
+        n_stages = self.plan.pipeline_stages
+        stages = [self.plan.stage_start(s, n_layers) for s in range(n_stages)]
+        cuts |= set(stages)
         if self.decision.selection == "deviation":
             cuts.add(min(self.decision.check_layer, n_layers))
         edges = sorted(cuts)
         groups = []
         for low, high in zip(edges, edges[1:], strict=False):
+            stage = bisect_right(stages, low) - 1
             for start in range(low, high, self.plan.layer_group):
-                groups.append(_Group(start, min(start + self.plan.layer_group, high)))
+                groups.append(_Group(start, min(start + self.plan.layer_group, high), stage))
         return groups
 
     def pieces(self) -> list[list[Op]]:
@@ -156,7 +121,13 @@ class _Lowering:
         last = pieces[-1]
         n_layers = self.model.n_layers
         last.append(
-            self._op("head", COMPUTE, _Group(n_layers, n_layers), n_tokens=1, after=last[-1:])
+            self._op(
+                "head",
+                COMPUTE,
+                _Group(n_layers, n_layers, self.groups[-1].stage),
+                n_tokens=1,
+                after=last[-1:],
+            )
         )
         return pieces
 
@@ -168,10 +139,12 @@ class _Lowering:
         ops += by_chunk
         pending: list[Op] = []
         for g, group in enumerate(self.groups):
-            loads = by_chunk
+            loads = [op for op in by_chunk if op.device == group.stage]
             if self.plan.load_order == "layer":
                 gate = g - 1 - self.plan.look_ahead
-                loads = self._group_loads(group, computed[gate : gate + 1] if gate >= 0 else [])
+                # A stage looks ahead over its own groups: it loads while those before it compute.
+                same = gate >= 0 and self.groups[gate].stage == group.stage
+                loads = self._group_loads(group, computed[gate : gate + 1] if same else [])
                 ops += loads
             if self._is_check(group):
                 ops.append(self._select(group, loads + computed[-1:]))
@@ -214,15 +187,19 @@ class _Lowering:
         return sorted(shares)
 
     def _chunk_loads(self) -> list[Op]:
-        """One load per chunk: all its layers, workers in turn."""
+        """One load per chunk and stage: all its layers there, workers in turn."""
         loaded = {chunk for group in self.groups for chunk in self._loaded(group.start)[0]}
-        return [self._chunk_load(ordinal) for ordinal in sorted(loaded)]
+        ops = []
+        for stage in range(self.plan.pipeline_stages):
+            groups = [group for group in self.groups if group.stage == stage]
+            ops += [self._chunk_load(ordinal, groups) for ordinal in sorted(loaded)]
+        return [op for op in ops if op.n_tokens]
 
-    def _chunk_load(self, ordinal: int) -> Op:
-        n_layers = self.model.n_layers
+    def _chunk_load(self, ordinal: int, groups: Sequence[_Group]) -> Op:
+        whole = _Group(groups[0].start, groups[-1].stop, groups[0].stage)
         tokens = n_bytes = reads = 0
-        for group in self.groups:
-            rows = self.decision.n_loaded(ordinal, group.start, n_layers)
+        for group in groups:
+            rows = self.decision.n_loaded(ordinal, group.start, self.model.n_layers)
             size, layers = self._size(rows), group.stop - group.start
             tokens += layers * rows
             n_bytes += layers * size
@@ -230,7 +207,7 @@ class _Lowering:
         tier = self.decision.chunks[ordinal].tier
         stream = io_stream(tier, ordinal % self.plan.n_io_workers)
         return self._op(
-            "load", stream, _Group(0, n_layers), n_tokens=tokens // n_layers, n_bytes=n_bytes,
+            "load", stream, whole, n_tokens=tokens // (whole.stop - whole.start), n_bytes=n_bytes,
             n_reads=reads, tier=tier, chunks=(ordinal,), after=[],
         )  # fmt: skip
 
@@ -258,7 +235,7 @@ class _Lowering:
         return [op]
 
     def _select(self, group: _Group, after: list[Op]) -> Op:
-        check = _Group(group.start, group.start + 1)
+        check = _Group(group.start, group.start + 1, group.stage)
         chunks, _ = self._loaded(group.start)
         n_prompt = self.decision.n_prompt
         return self._op("select", COMPUTE, check, n_tokens=n_prompt, chunks=chunks, after=after)
@@ -287,7 +264,7 @@ class _Lowering:
             )
         return _Rows(n_rows, pairs, scored, tuple(Segment(r.part, r.start, r.stop) for r in runs))
 
-    def _run(self, segment: Segment, band: int, layer: int) -> _Run:
+    def _run(self, segment: Segment, band: int, layer: int) -> Run:
         """The rows of a segment that pass through `layer`, taken as evenly spread."""
         chunks = self.decision.chunks
         if segment.part == len(chunks):
@@ -298,7 +275,7 @@ class _Lowering:
             offset, n = fate.offset, fate.n_tokens
             total = self._n_selected(segment.part, band, layer)
         start, stop = min(segment.start, total), min(segment.stop, total)
-        return _Run(segment.part, offset, n, total, start, stop)
+        return Run(segment.part, offset, n, total, start, stop)
 
     def _n_selected(self, ordinal: int, band: int, layer: int) -> int:
         """Rows of a chunk that pass through `layer`; by deviation only their sum is exact."""
@@ -393,4 +370,5 @@ class _Lowering:
             piece=piece,
             deps=tuple(op.op_id for op in after),
             attempt=self.attempt,
+            device=group.stage,
         )

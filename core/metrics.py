@@ -111,7 +111,7 @@ def _measure(
 ) -> RequestMetrics:
     last = max(s.op.attempt for s in spans)
     first_ns = max(s.end_ns for s in heads)
-    decodes = sorted(s.end_ns for s in spans if s.op.kind == "decode")
+    decodes = sorted(s.end_ns for s in spans if s.op.kind == "decode" and not s.op.passes_on)
     n_layers = max(s.op.layer_stop for s in heads)
     loaded = sum(
         s.op.n_tokens * s.op.n_layers

@@ -71,6 +71,16 @@ class Op:
     deps: tuple[int, ...] = ()
     attempt: int = 0
     device: int = 0
+    """Pipeline stage that carries it out, on streams of its own."""
+    parts: tuple[Op, ...] = ()
+    """Of a prefill of several requests at once: the op of each; its sizes are their sums."""
+    passes_on: bool = False
+    """A decode step on a stage before the last: it makes no token."""
+
+    @property
+    def members(self) -> tuple[Op, ...]:
+        """The ops of single requests that this is."""
+        return self.parts or (self,)
 
     @property
     def n_layers(self) -> int:

@@ -65,6 +65,10 @@ class ReusePlan(Record):
     prefill_chunk_tokens: int = Field(default=8192, ge=16)
     """Rows per prefill piece; decode steps run between pieces."""
     max_num_seqs: int = Field(default=64, ge=1)
+    prefill_batch: int = Field(default=1, ge=1)
+    """Requests whose rows go through the layers together, if they fit into one piece."""
+    pipeline_stages: int = Field(default=1, ge=1)
+    """Devices that share the layers, each an equal range; given by the machine, not searched."""
 
     @model_validator(mode="after")
     def _check(self) -> ReusePlan:
@@ -80,6 +84,10 @@ class ReusePlan(Record):
                 f"one rule must have the tier '*', so that every chunk has a ratio, got {tiers}"
             )
         return self
+
+    def stage_start(self, stage: int, n_layers: int) -> int:
+        """First layer of a pipeline stage; stages cut the layers into equal ranges."""
+        return -(-stage * n_layers // self.pipeline_stages)
 
     def rule(self, tier: str, prompt_tokens: int) -> RatioRule:
         """The rule that holds for a chunk in `tier` within a prompt of that length."""

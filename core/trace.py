@@ -190,19 +190,26 @@ def _plain(item: Op | Outcome) -> dict[str, Any]:
         if field.default is MISSING or value != field.default:
             if field.name == "segments":
                 value = [(s.part, s.start, s.stop) for s in value]
+            elif field.name == "parts":
+                value = [_plain(part) for part in value]
             plain[field.name] = list(value) if isinstance(value, tuple) else value
     return plain
 
 
 def _span(line: dict[str, Any]) -> Span:
-    op: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in line["op"].items()}
-    op["segments"] = tuple(Segment(*s) for s in op.get("segments", ()))
     outcome = {k: tuple(v) for k, v in line.get("outcome", {}).items()}
     return Span(
-        op=Op(**op),
+        op=_op(line["op"]),
         seq=line["seq"],
         submit_ns=line["submit_ns"],
         start_ns=line["start_ns"],
         end_ns=line["end_ns"],
         outcome=Outcome(**outcome) if outcome else NOTHING,
     )
+
+
+def _op(fields_of: dict[str, Any]) -> Op:
+    op: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields_of.items()}
+    op["segments"] = tuple(Segment(*s) for s in op.get("segments", ()))
+    op["parts"] = tuple(_op(part) for part in op.get("parts", ()))
+    return Op(**op)

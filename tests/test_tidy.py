@@ -29,7 +29,7 @@ FLOORS: dict[str, set[str]] = {
 THIRD_PARTY: dict[str, set[str]] = {
     "core": {"pydantic", "numpy"},
     "kernels": {"torch", "triton", "numpy"},
-    "simulator": {"simpy", "numpy"},
+    "simulator": {"simpy", "numpy", "pydantic"},
     "runtime": {
         "torch", "transformers", "safetensors", "tokenizers", "xxhash", "numpy", "obstore",
     },
