@@ -19,6 +19,7 @@ from typing import Literal, Self
 import torch
 
 from ..core.ops import NOTHING, Op, Outcome, Span
+from .cores import bind
 from .handlers import Handlers, Made
 from .session import Session
 
@@ -249,6 +250,8 @@ class CpuExecutor(WorkerExecutor):
 
     @torch.inference_mode()
     def _work(self, lane: Lane, queue: SimpleQueue[Item | None]) -> None:
+        device, stream = lane
+        bind(stream, device, torch.get_num_threads())
         while (item := queue.get()) is not None:
             op, seq, submit_ns = item
             self._await(op.deps)
