@@ -2,25 +2,29 @@
 
 Both run the same ops (`core.engine.batch_schedule_of`), joined by op id. The A/A error, one half
 of the repeats against the other, is what no model can beat on this machine.
+
+A shared machine is faster in one minute than in another, so a check begins with some of the
+probes again: the profile is aligned to them (`align.py`), and predictions are of the machine as it
+is now. What the profile would have said without that is predicted and reported beside it.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..core.executor import execute
 from ..core.hardware import HardwareProfile
-from ..core.ops import Schedule
+from ..core.ops import OpKind, Schedule
 from ..core.timeline import Timeline
 from ..simulator.executor import SimExecutor
-from .align import ms_by_kind
-from .calibrate import open_runner
-from .collect import Measured, run_once, ttft_ms
-from .probes import Library, Probe, held_out
+from .align import align, factors_of, ms_by_kind
+from .calibrate import PROBED_RHO, open_runner
+from .collect import Measured, collect, run_once, ttft_ms
+from .probes import Library, Probe, held_out, ladder
 
 if TYPE_CHECKING:
     from ..runtime.loaded_model import LoadedModel
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
 TTFT_MEDIAN_BOUND = 0.05
 TTFT_P95_BOUND = 0.12
 OP_MEDIAN_BOUND = 0.08
+
+ANCHOR_EVERY, ANCHOR_ROUNDS = 2, 5
+"""Every second probe again, in so many rounds: half a minute."""
 
 
 @dataclass
@@ -44,6 +51,8 @@ class Point:
     ttft_ms_measured: list[float]
     op_ms_predicted: dict[str, float]
     op_ms_measured: dict[str, list[float]]
+    ttft_ms_as_calibrated: float = 0.0
+    op_ms_as_calibrated: dict[str, float] = field(default_factory=dict)
 
     @property
     def ttft_error(self) -> float:
@@ -63,14 +72,38 @@ def simulate_schedule(profile: HardwareProfile, schedule: Schedule) -> Timeline:
     return execute(schedule, SimExecutor(profile))
 
 
-def predict(profile: HardwareProfile, runner: Runner, probes: Sequence[Probe]) -> list[Point]:
-    """Predictions only; nothing of these schedules has run."""
+def anchor(
+    profile: HardwareProfile,
+    runner: Runner,
+    max_tokens: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[HardwareProfile, dict[OpKind, float]]:
+    """The profile at the machine's present speed, and by kind what ops take now over then."""
+    tiers = [n for n, t in profile.tiers.items() if t.rho is None or t.rho < PROBED_RHO]
+    probes = ladder(Library(profile.model, profile.provenance.seed), tiers, max_tokens)[
+        ::ANCHOR_EVERY
+    ]
+    tell = progress or (lambda what, done, total: None)
+    measured = collect(runner, probes, ANCHOR_ROUNDS, lambda i, n: tell("speed now", i, n))
+    return align(profile, measured), factors_of(profile, measured)
+
+
+def predict(
+    profile: HardwareProfile, now: HardwareProfile, runner: Runner, probes: Sequence[Probe]
+) -> list[Point]:
+    """Predictions only; nothing of these schedules has run.
+
+    Args:
+        profile: as it was calibrated.
+        now: aligned to the machine's present speed; the predictions that count are by it.
+    """
     points = []
     for probe in probes:
         runner.prepare(probe.workload, probe.plan, probe.tier)
         index = runner.index(probe.plan, probe.tier)
         _, schedule = runner.batch_schedule(probe.workload, probe.plan, index, probe.n_decode)
-        timeline = simulate_schedule(profile, schedule)
+        timeline = simulate_schedule(now, schedule)
+        as_calibrated = simulate_schedule(profile, schedule)
         points.append(
             Point(
                 name=probe.name,
@@ -82,6 +115,8 @@ def predict(profile: HardwareProfile, runner: Runner, probes: Sequence[Probe]) -
                 ttft_ms_measured=[],
                 op_ms_predicted=ms_by_kind(timeline),
                 op_ms_measured={},
+                ttft_ms_as_calibrated=ttft_ms(as_calibrated),
+                op_ms_as_calibrated=ms_by_kind(as_calibrated),
             )
         )
     return points
@@ -98,8 +133,12 @@ def check(
     tiers: Sequence[str] | None = None,
     on_predicted: Callable[[list[dict[str, Any]]], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> list[Point]:
-    """Draw, predict, hand the predictions to `on_predicted`, then measure interleaved repeats."""
+) -> tuple[list[Point], dict[OpKind, float]]:
+    """Draw, anchor, predict, hand the predictions to `on_predicted`, then measure interleaved.
+
+    Returns:
+        The points, and the machine's speed at the check over its speed when it was calibrated.
+    """
     library = Library(profile.model, seed)
     rhos = {name: profile.tier(name).rho for name in tiers or profile.tiers}
     probes = held_out(library, rhos, max_tokens, n_schedules, seed)
@@ -107,11 +146,12 @@ def check(
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
         open_runner(profile, loaded, folder) as runner,
     ):
-        points = predict(profile, runner, probes)
+        now, drift = anchor(profile, runner, max_tokens, progress)
+        points = predict(profile, now, runner, probes)
         if on_predicted is not None:
             on_predicted([asdict(p) for p in points])
         measure(runner, probes, points, n_repeats, progress)
-    return points
+    return points, drift
 
 
 def measure(
@@ -134,9 +174,9 @@ def measure(
                 progress("held-out", turn * len(probes) + i + 1, len(probes) * (n_repeats + 1))
 
 
-def summarise(points: Sequence[Point]) -> dict[str, Any]:
+def summarise(points: Sequence[Point], drift: Mapping[OpKind, float]) -> dict[str, Any]:
     """Errors as fractions: TTFT overall and by kind of tier, by op kind signed and absolute."""
-    out: dict[str, Any] = {"n_points": len(points)}
+    out: dict[str, Any] = {"n_points": len(points), "drift": dict(drift)}
     for label, group in (
         ("", list(points)),
         ("_limited", [p for p in points if p.limited]),
@@ -154,12 +194,28 @@ def summarise(points: Sequence[Point]) -> dict[str, Any]:
     plain = [p for p in points if not p.limited and "load" in p.op_ms_predicted]
     if plain:
         out["load_unlimited"] = _op_errors(plain, "load")
+    out["as_calibrated"] = _as_calibrated(points)
     out["bounds"] = {
         "ttft_error_median": TTFT_MEDIAN_BOUND,
         "ttft_error_p95": TTFT_P95_BOUND,
         "op_error_median": OP_MEDIAN_BOUND,
     }
     return out
+
+
+def _as_calibrated(points: Sequence[Point]) -> dict[str, Any]:
+    """The errors that the profile would have had without knowing the machine's present speed."""
+    before = [
+        replace(p, ttft_ms_predicted=p.ttft_ms_as_calibrated, op_ms_predicted=p.op_ms_as_calibrated)
+        for p in points
+    ]
+    errors = [abs(p.ttft_error) for p in before]
+    kinds = sorted({k for p in before for k in p.op_ms_predicted})
+    return {
+        "ttft_error_median": median(errors),
+        "ttft_error_p95": p95(errors),
+        "by_op": {kind: _op_errors(before, kind)["error_median"] for kind in kinds},
+    }
 
 
 def p95(values: Sequence[float]) -> float:

@@ -26,6 +26,12 @@ from ..simulator.interference import LOSES_TO, coefficient_of, slowed_of, source
 from .collect import Measured
 
 N_BOOTSTRAP = 200
+SUMMED: tuple[OpKind, ...] = ("restore",)
+"""Short ops that come in numbers: one that waits for its core takes several times as long. What is
+fitted, robustly, is their sum over a probe."""
+ROBUST_ROUNDS = 6
+LEAST_RESIDUAL = 0.02
+"""Of the robust fit: relative residuals below this count alike."""
 MOST_LOST = 0.9
 """Upper bound of a share of speed that one source can cost."""
 INTERFERED: tuple[OpKind, ...] = ("prefill", "restore", "load")
@@ -40,6 +46,7 @@ class Sample:
     seconds: float
     extras: Mapping[str, float] = field(default_factory=dict)
     """By coefficient, what the op's sizes do not tell: seconds beside others, waking up."""
+    probe: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ def fit_kind(kind: OpKind, samples: Sequence[Sample], model: ModelSpec, seed: in
         samples: at least one; ops without rows are left out by the caller.
         seed: of the bootstrap.
     """
-    return fit_rows(list(FEATURES[kind]), [features(s.op, model) for s in samples], samples, seed)
+    rows = [features(s.op, model) for s in samples]
+    return fit_rows(list(FEATURES[kind]), rows, samples, seed, summed=kind in SUMMED)
 
 
 def fit_loads(samples: Sequence[Sample], media: Mapping[str, str], seed: int) -> Fit:
@@ -83,29 +91,48 @@ def fit_loads(samples: Sequence[Sample], media: Mapping[str, str], seed: int) ->
 
 
 def fit_rows(
-    names: list[str], rows: list[dict[str, float]], samples: Sequence[Sample], seed: int
+    names: list[str],
+    rows: list[dict[str, float]],
+    samples: Sequence[Sample],
+    seed: int,
+    *,
+    summed: bool = False,
 ) -> Fit:
-    """Fit `rows` of features, and what the samples carry beside them, to their seconds."""
+    """Fit `rows` of features, and what the samples carry beside them, to their seconds.
+
+    `summed`: sums over each probe are fitted, robustly; the report is of the samples all the same.
+    """
     for extra in sorted({extra for s in samples for extra in s.extras}):
         names.append(extra)
         for row, sample in zip(rows, samples, strict=True):
             row[extra] = sample.extras.get(extra, 0.0)
     x = np.array([[row[name] for name in names] for row in rows])
     y = np.array([s.seconds for s in samples])
-    coefficients = intervals(x, y, names, seed)
+    if summed:
+        probes = list(dict.fromkeys(s.probe for s in samples))
+        of = np.array([[float(s.probe == probe) for s in samples] for probe in probes])
+        coefficients = intervals(of @ x, of @ y, names, seed, robust=True)
+    else:
+        coefficients = intervals(x, y, names, seed)
     value = np.array([coefficients[name].value for name in names])
     return Fit(coefficients, report(y, x @ value))
 
 
 def intervals(
-    x: NDArray[np.float64], y: NDArray[np.float64], names: Sequence[str], seed: int
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    names: Sequence[str],
+    seed: int,
+    *,
+    robust: bool = False,
 ) -> dict[str, Coefficient]:
     """Coefficients by name with 95 % intervals, by bootstrap over the samples."""
     upper = [MOST_LOST if n.startswith("interference.") else np.inf for n in names]
-    value = solve(x, y, upper)
+    value = solve(x, y, upper, robust=robust)
     draws = rng(seed, "bootstrap", *names)
     picks = [draws.integers(0, len(y), len(y)) for _ in range(N_BOOTSTRAP)]
-    low, high = np.percentile([solve(x[i], y[i], upper) for i in picks], [2.5, 97.5], axis=0)
+    found = [solve(x[i], y[i], upper, robust=robust) for i in picks]
+    low, high = np.percentile(found, [2.5, 97.5], axis=0)
     return {
         name: Coefficient(
             value=float(value[i]),
@@ -118,12 +145,32 @@ def intervals(
 
 
 def solve(
-    x: NDArray[np.float64], y: NDArray[np.float64], upper: Sequence[float] | None = None
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    upper: Sequence[float] | None = None,
+    *,
+    robust: bool = False,
 ) -> NDArray[np.float64]:
-    """Coefficients in [0, upper] that minimise the sum of squared *relative* residuals."""
+    """Coefficients in [0, upper] that minimise the sum of squared *relative* residuals.
+
+    `robust`: of their absolute values instead, by weights that are found again and again.
+    """
+    own = 1.0 / np.maximum(y, 1e-9)
+    value = _bounded(x, y, own, upper)
+    for _ in range(ROBUST_ROUNDS if robust else 0):
+        residual = np.maximum(np.abs(x @ value - y) * own, LEAST_RESIDUAL)
+        value = _bounded(x, y, own / np.sqrt(residual), upper)
+    return value
+
+
+def _bounded(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    upper: Sequence[float] | None,
+) -> NDArray[np.float64]:
     scale = np.abs(x).max(axis=0)
     scale[scale == 0] = 1.0
-    weight = 1.0 / np.maximum(y, 1e-9)
     a, b = x / scale * weight[:, None], y * weight
     if upper is None or not np.isfinite(upper).any():
         return np.asarray(nnls(a, b)[0] / scale)
@@ -149,7 +196,8 @@ def samples_of(measured: Measured, tiers: Mapping[str, Tier]) -> list[Sample]:
     for op in measured.ops():
         names = {name for found in extras for name in found[op.op_id]}
         beside = {n: mean(f[op.op_id].get(n, 0.0) for f in extras) for n in names}
-        samples.append(Sample(op, measured.median_ns(op.op_id) / 1e9, beside))
+        seconds = measured.median_ns(op.op_id) / 1e9
+        samples.append(Sample(op, seconds, beside, measured.probe.name))
     return samples
 
 

@@ -128,7 +128,7 @@ def run_check(
 
     predicted = folder / "predicted.json"
     with progress_bar() as tell:
-        points = fidelity.check(
+        points, drift = fidelity.check(
             machine,
             loaded,
             seed=seed,
@@ -138,7 +138,7 @@ def run_check(
             on_predicted=lambda found: save("predicted.json", found),
             progress=tell,
         )
-    summary = fidelity.summarise(points)
+    summary = fidelity.summarise(points, drift)
     provenance = provenance_here(seed).model_dump(mode="json")
     raw = [asdict(p) for p in points]
     save("measured.json", {"provenance": provenance, "summary": summary, "points": raw})
@@ -176,20 +176,24 @@ def print_points(points: list[Point], summary: dict[str, Any]) -> None:
             "reached": summary[f"ttft_error_{label}"],
             "bound": bounds[f"ttft_error_{label}"],
             "A/A": summary[f"a_a_error_{label}"],
+            "as calibrated": summary["as_calibrated"][f"ttft_error_{label}"],
         }
         for label in ("median", "p95")
     ]
-    kinds = {f"|{kind}|, median": error for kind, error in summary["by_op"].items()}
+    errors = dict(summary["by_op"])
     if "load_unlimited" in summary:
-        kinds["|load| of tiers as they are, median"] = summary["load_unlimited"]
-    for label, error in kinds.items():
+        errors["load of tiers as they are"] = summary["load_unlimited"]
+    for kind, error in errors.items():
         rows.append(
             {
-                "error": label,
+                "error": f"|{kind}|, median",
                 "reached": error["error_median"],
                 "signed": error["signed_median"],
                 "bound": bounds["op_error_median"],
                 "A/A": error["a_a_error_median"],
+                "as calibrated": summary["as_calibrated"]["by_op"].get(kind),
+                "time now": summary["drift"].get(kind),
             }
         )
-    print_table(rows, ["error", "reached", "signed", "bound", "A/A"], "fidelity, fractions")
+    columns = ["error", "reached", "signed", "bound", "A/A", "as calibrated", "time now"]
+    print_table(rows, columns, "fidelity, fractions; time now: the probes', over calibration's")

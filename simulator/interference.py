@@ -1,8 +1,8 @@
 """How ops of different streams slow each other: they share cores, memory and the interpreter.
 
-`interference.<stream>.<source>` is the share of its speed that an op of the stream loses while the
-source is active: loads (by medium), restores on their own stream, compute. All I/O streams are
-`io`: what a load loses there is its own work, before its bytes move (`simulator.cost.LoadParts`);
+`interference.<slowed>.<source>` is the share of its speed that an op loses while the source is
+active: loads (by medium), restores on their own stream, compute. Slowed are `compute`, `restore`
+and `io`: what a load loses is its own work, before its bytes move (`simulator.cost.LoadParts`);
 bytes share the link. A tier behind a rate limiter mostly sleeps: it counts by the share of the
 medium's rate that it uses. Calibration fits the shares from the measured overlap of spans.
 """
@@ -22,15 +22,20 @@ LOSES_TO: dict[str, tuple[str, ...]] = {
     RESTORE: (*MEDIA, "compute"),
     IO: (*MEDIA, "restore", "compute"),
 }
-"""Sources by the stream of the op that is slowed."""
+"""Sources by what is slowed (`slowed_of`)."""
 
 SLOWEST = 0.2
 """No op falls below this share of its speed, whatever is active beside it."""
 
 
 def slowed_of(op: Op) -> str:
-    """Whose shares hold for an op: its stream's, or those of all I/O streams."""
-    return IO if op.kind == "load" else op.stream
+    """Whose shares hold for an op: loads have theirs, and restores, on whichever stream they are.
+
+    A restore is bound by memory and a prefill by arithmetic, so the same load slows them unlike.
+    """
+    if op.kind == "load":
+        return IO
+    return RESTORE if op.kind == "restore" else COMPUTE
 
 
 def coefficient_of(slowed: str, source: str) -> str:
