@@ -21,6 +21,8 @@ from .collect import Measured
 N_ROUNDS = 2
 ALIGNED: tuple[OpKind, ...] = ("prefill", "restore", "select", "head", "decode")
 """All but loads: they follow their tier's rate."""
+LEAST_PROBES = 5
+"""A kind that fewer probes have is scaled as `prefill`, whose stream it shares."""
 
 
 def align(profile: HardwareProfile, measured: Sequence[Measured]) -> HardwareProfile:
@@ -39,7 +41,10 @@ def align(profile: HardwareProfile, measured: Sequence[Measured]) -> HardwarePro
 
 
 def factors_of(profile: HardwareProfile, measured: Sequence[Measured]) -> dict[OpKind, float]:
-    """By kind: median over the probes of what its ops took over what the simulation says."""
+    """By kind: median over the probes of what its ops took over what the simulation says.
+
+    Kinds of too few probes follow `prefill`.
+    """
     ratios: dict[OpKind, list[float]] = {}
     for one in measured:
         simulated = ms_by_kind(execute(Schedule.of(one.ops()), SimExecutor(profile)))
@@ -48,7 +53,10 @@ def factors_of(profile: HardwareProfile, measured: Sequence[Measured]) -> dict[O
             if simulated.get(kind, 0.0) > 0.0:
                 took = median(found[kind] for found in real)
                 ratios.setdefault(kind, []).append(took / simulated[kind])
-    return {kind: median(found) for kind, found in ratios.items()}
+    return {
+        kind: median(found if len(found) >= LEAST_PROBES else ratios.get("prefill", found))
+        for kind, found in ratios.items()
+    }
 
 
 def ms_by_kind(timeline: Timeline) -> dict[str, float]:
