@@ -7,7 +7,17 @@ from pathlib import Path
 
 import typer
 
-BENCHES = ("quality", "ttft", "throughput", "kernels", "io", "grid", "serve", "gpu")
+BENCHES = (
+    "quality",
+    "ttft",
+    "throughput",
+    "kernels",
+    "io",
+    "grid",
+    "serve",
+    "simulator",
+    "gpu",
+)
 """In the order of `--help`; those whose module is there are offered."""
 
 command = typer.Typer(help="Measure kernels, I/O, TTFT, throughput, quality and plans, to files.")

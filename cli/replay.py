@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..core.model_spec import ModelSpec
+    from ..core.step_cost import StepCost
+    from ..simulator.serving_result import ServingResult
+    from ..tuner.candidate import Candidate
 
 _File = Annotated[Path, typer.Argument(help="A trace in any format of `cachetune trace`.")]
 _Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
 _Gpu = Annotated[str, typer.Option(help="A GPU of `cachetune catalogue list`.")]
 _Count = Annotated[int, typer.Option(min=1, max=64, help="GPUs per replica (tensor parallel).")]
+_Stages = Annotated[
+    int, typer.Option(min=1, max=64, help="Pipeline stages of a replica, each of --n-gpus GPUs.")
+]
 _Replicas = Annotated[int, typer.Option(min=1, help="Equal replicas behind the router.")]
 _Router = Annotated[
     str, typer.Option(help="round_robin, least_load, prefix_affinity, chunk_affinity.")
@@ -30,7 +40,14 @@ _Overhead = Annotated[float, typer.Option(min=0, help="Host time per engine step
 _Life = Annotated[int | None, typer.Option(help="A row whose life is written to --trace.")]
 _Trace = Annotated[Path, typer.Option(help="With --life: the Chrome trace.")]
 _Out = Annotated[Path | None, typer.Option(help="One row per request, CSV.")]
+_Warm = Annotated[Path | None, typer.Option(help="What every replica's tiers hold at the start.")]
+_Kept = Annotated[Path | None, typer.Option(help="Of one replica: what its tiers hold at the end.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Kept in the result.")]
+
+HOP_S = 10e-6
+"""Of a message from a GPU to another of the same machine. Assumed: the order of a small NCCL
+transfer."""
+BYTES_PER_VALUE = 2
 
 
 def command(
@@ -38,6 +55,7 @@ def command(
     model: _Model = "Llama-3.1-8B",
     gpu: _Gpu = "H100-SXM",
     n_gpus: _Count = 1,
+    stages: _Stages = 1,
     replicas: _Replicas = 1,
     router: _Router = "least_load",
     disk: _Disk = "nvme-gen4",
@@ -55,6 +73,8 @@ def command(
     life: _Life = None,
     trace: _Trace = Path("build/life.json"),
     out: _Out = None,
+    snapshot: _Warm = None,
+    snapshot_out: _Kept = None,
     seed: _Seed = 0,
 ) -> None:
     """Predict every request's TTFT, TPOT and loads on a fleet from the catalogue."""
@@ -63,21 +83,20 @@ def command(
     from ..core.catalogue import load_catalogue
     from ..core.model_presets import model_of
     from ..core.record import check_writable
-    from ..core.trace import write_chrome
     from ..core.trace_files import read_trace
     from ..core.workload import Slo
     from ..simulator.serving import serve_trace
-    from ..tuner.candidate import Candidate
-    from .console import note, progress_bar
-    from .whatif_options import candidates, level, made
+    from .console import progress_bar
+    from .replay_snapshot import check_one_replica, read_warm
+    from .whatif_options import candidates, level
 
-    check_writable(out, trace if life is not None else None)
-    one = candidates(
-        load_catalogue(None), gpus=gpu, n_gpus=str(n_gpus), disks=disk, networks=network,
-        policies=policy, formats=format, weights="bfloat16", dram_gib=None, ratio=ratio,
-        engine={}, overhead_ms=overhead_ms,
-    )  # fmt: skip
-    chosen = made(Candidate, {**dict(one[0]), "eviction": eviction, "router": router}, "the fleet")
+    check_writable(out, trace if life is not None else None, snapshot_out)
+    check_one_replica(snapshot_out, replicas)
+    chosen = _only(candidates(
+        load_catalogue(None), gpus=gpu, n_gpus=str(n_gpus * stages), disks=disk, networks=network,
+        policies=policy, formats=format, weights="bfloat16", routers=router, evictions=eviction,
+        dram_gib=None, ratio=ratio, engine={}, overhead_ms=overhead_ms,
+    ))  # fmt: skip
     spec, asked = model_of(model), Slo(**level(slo)[0])
     table = read_trace(
         file, first=first, scale_rate=scale_rate, ids=ids,
@@ -85,21 +104,46 @@ def command(
     )  # fmt: skip
     _check_row(life, len(table))
     fleet = chosen.fleet(spec, asked, replicas)
-    cost = chosen.cost(spec)
+    cost = _in_stages(chosen, spec, stages)
+    warm = None
+    if snapshot is not None:
+        table, warm = read_warm(snapshot, table, fleet)
     began_s = process_time()
     with progress_bar() as tell:
         result = serve_trace(
-            table, fleet, cost, seed=seed, watch=() if life is None else (life,),
+            table, fleet, cost, seed=seed, snapshot=warm, watch=() if life is None else (life,),
             progress=lambda done, of: tell("requests", done, of),
         )  # fmt: skip
     cpu_s = process_time() - began_s
-    if out is not None:
-        _write_rows(out, result)
-        note(f"a row per request: {out}")
-    if life is not None:
-        write_chrome(trace, result.request_trace(life))
-        note(f"row {life}: {trace} (open it in ui.perfetto.dev)")
-    _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)
+    _write_files(result, out, life, trace, snapshot_out)
+    name = f"{replicas} x {chosen.name}" + (f" · {stages} stages" if stages > 1 else "")
+    _report(name, result, cpu_s, table.provenance)
+
+
+def _only(found: Sequence[Candidate]) -> Candidate:
+    from ..core.errors import CacheTuneError
+
+    if len(found) > 1:
+        raise CacheTuneError(
+            "a replay is of one fleet",
+            values=f"{len(found)} of them: {found[0].name}, {found[1].name} …",
+            remedy="name one of each, or compare them with `cachetune whatif`",
+        )
+    return found[0]
+
+
+def _in_stages(candidate: Candidate, model: ModelSpec, n_stages: int) -> StepCost:
+    """Cost of the candidate's GPUs as a pipeline of stages, tensor parallel in each."""
+    from ..simulator.pipeline_cost import PipelineCost
+
+    if n_stages == 1:
+        return candidate.cost(model)
+    machine = candidate.machine
+    stage = machine.replace(n_gpus=machine.n_gpus // n_stages)
+    cost = candidate.replace(machine=stage).cost(model)
+    hidden_bytes = BYTES_PER_VALUE * model.hidden_size
+    link_bytes_per_s = cost.cost.kernels.sheet.link_bytes_per_s
+    return PipelineCost(cost, n_stages, HOP_S, hidden_bytes / link_bytes_per_s)
 
 
 def _check_row(row: int | None, n_rows: int) -> None:
@@ -111,6 +155,24 @@ def _check_row(row: int | None, n_rows: int) -> None:
             values=f"--life {row}, rows 0 to {n_rows - 1}",
             remedy="give a row that is there",
         )
+
+
+def _write_files(
+    result: ServingResult, out: Path | None, life: int | None, trace: Path, kept: Path | None
+) -> None:
+    from ..core.trace import write_chrome
+    from .console import note
+    from .replay_snapshot import write_kept
+
+    if out is not None:
+        _write_rows(out, result)
+        note(f"a row per request: {out}")
+    if life is not None:
+        write_chrome(trace, result.request_trace(life))
+        note(f"row {life}: {trace} (open it in ui.perfetto.dev)")
+    if kept is not None:
+        write_kept(kept, result)
+        note(f"tiers at the end: {kept}")
 
 
 def _write_rows(path: Path, result: Any) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 from ..core.errors import ModelError
@@ -36,6 +37,9 @@ class DecodeLine(NamedTuple):
     s_per_token: float
     until_tokens: float
     """Total context up to which this line holds."""
+
+
+_END = attrgetter("until_tokens")
 
 
 class ModelCost:
@@ -98,8 +102,7 @@ class ModelCost:
     def decode_line(self, batch: int, context_tokens_total: float) -> DecodeLine:
         """The line that holds at this total context (knots belong to the line on their right)."""
         lines = self.decode_lines(batch)
-        ends = [line.until_tokens for line in lines[:-1]]
-        return lines[bisect_right(ends, context_tokens_total)]
+        return lines[bisect_right(lines, context_tokens_total, 0, len(lines) - 1, key=_END)]
 
     def decode_steps_s(self, batch: int, context_tokens_total: int, n_steps: int) -> float:
         """`n_steps` decode steps that all of `batch` take; each lengthens every context by one.

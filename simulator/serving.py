@@ -154,10 +154,9 @@ class _Run:
         self.router = Router(fleet.router, self.replicas, self.feed.tokens_of)
         self.worth = Worth(self.feed, cost)
         shared = [self._tier(t) for t in spec.tiers if t.shared]
+        sizes = self.feed.bytes_of, max(self.feed.bytes_of, default=0)
         self.tiers = [
-            ChunkTiers(
-                [self._tier(t) for t in spec.tiers if not t.shared], shared, self.feed.bytes_of
-            )
+            ChunkTiers([self._tier(t) for t in spec.tiers if not t.shared], shared, *sizes)
             for _ in self.replicas
         ]
         self.loads = Loads(fleet, cost, self._push)
@@ -200,6 +199,8 @@ class _Run:
         for tiers in self.tiers:
             tiers.settle(END_OF_TIME)
             tiers.check()
+        for tier in self.tiers[0].tiers[len(self.tiers[0].own) :]:
+            tier.check(self.feed.bytes_of)
 
     def fill(self, snapshot: Snapshot) -> None:
         """Contents of the tiers from before the run."""
@@ -341,7 +342,10 @@ class _Run:
             if self.fleet.policy.name == "prefix_cache" and -1 in found:
                 stop = found.index(-1)
                 found[stop:] = [-1] * (len(found) - stop)
-            loads = self.fates.decide(job, n_hit, keys, found)
+            if max(found) < 0:
+                job.new_keys = keys
+            else:
+                loads = self.fates.decide(job, n_hit, keys, found)
             if loads:
                 tiers.use(keys, found, now_ns)
                 if not self.in_pieces:

@@ -7,10 +7,12 @@ blocks before its first ones. With chunks of one block this is vLLM's order exac
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from itertools import repeat
 
 from ..core.errors import InvariantViolation
+from .serving_eviction import Lru
 
 ENDLESS = 1 << 60
 
@@ -30,7 +32,7 @@ class KvBlocks:
         """Requests that hold a named extent; 0 while it queues."""
         self.size_of: dict[int, int] = {}
         """Blocks of every extent that is named or queues."""
-        self.idle: OrderedDict[int, None] = OrderedDict()
+        self.idle = Lru()
         self.next_key = -1
 
     def take(self, n: int) -> None:
@@ -41,16 +43,15 @@ class KvBlocks:
             return
         n -= self.fresh
         self.fresh = 0
-        idle, sizes = self.idle, self.size_of
-        while n > 0:
-            key, _ = idle.popitem(last=False)
-            n -= sizes.pop(key)
-            self.users.pop(key, None)
-        if n < 0:  # what is left of the extent has lost its name if it had one
-            rest = key if key < 0 else self.new_key()
-            sizes[rest] = -n
-            idle[rest] = None
-            idle.move_to_end(rest, last=False)
+        sizes = self.size_of
+        victims, freed = self.idle.pop(n, sizes)
+        deque(map(sizes.pop, victims), 0)
+        deque(map(self.users.pop, victims, repeat(None)), 0)
+        if freed > n:  # what is left of the extent has lost its name if it had one
+            last = victims[-1]
+            rest = last if last < 0 else self.new_key()
+            sizes[rest] = freed - n
+            self.idle.put_first(rest)
 
     def new_key(self) -> int:
         """A key for an extent without a name."""
@@ -78,38 +79,39 @@ class KvBlocks:
         for key in keys:
             count = users[key]
             if not count:
-                del self.idle[key]
+                self.idle.remove(key)
                 self.n_free -= self.size_of[key]
             users[key] = count + 1
 
-    def name(self, keys: Iterable[int], sizes: Iterable[int]) -> list[int]:
+    def name(self, keys: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Name blocks that one request holds; the keys it holds them by.
 
         Where another extent has the name already, they get one that nobody looks for.
         """
         users, size_of = self.users, self.size_of
-        held = []
-        for key, size in zip(keys, sizes, strict=True):
-            if key in users:
-                key = self.new_key()
-            users[key] = 1
-            size_of[key] = size
-            held.append(key)
-        return held
+        fresh = dict.fromkeys(keys, 1)
+        if len(fresh) < len(keys) or not users.keys().isdisjoint(fresh):
+            fresh = {}
+            for key in keys:
+                fresh[self.new_key() if key in users or key in fresh else key] = 1
+        users.update(fresh)
+        size_of.update(zip(fresh, sizes, strict=True))
+        return list(fresh)
 
     def give_back(self, keys: Sequence[int], n_private: int, private_key: int) -> None:
         """A request leaves `keys`, in the order of its prompt, and its own blocks behind them."""
-        idle, sizes, users = self.idle, self.size_of, self.users
+        sizes, users = self.size_of, self.users
         if n_private:
             sizes[private_key] = n_private
-            idle[private_key] = None
+            self.idle.add((private_key,))
             self.n_free += n_private
-        for key in reversed(keys):
-            count = users[key] - 1
-            users[key] = count
-            if not count:
-                idle[key] = None
-                self.n_free += sizes[key]
+        gone = keys[::-1]
+        counts = [users[key] - 1 for key in gone]
+        users.update(zip(gone, counts, strict=True))
+        if any(counts):
+            gone = [key for key, count in zip(gone, counts, strict=True) if not count]
+        self.idle.add(gone)
+        self.n_free += sum(map(sizes.__getitem__, gone))
 
     def reclaim(self, private_key: int, n_most: int) -> int:
         """Take up to `n_most` of what is left of a queued extent; how many there were."""
@@ -120,7 +122,8 @@ class KvBlocks:
             if got < left:
                 self.size_of[private_key] = left - got
             else:
-                del self.size_of[private_key], self.idle[private_key]
+                del self.size_of[private_key]
+                self.idle.remove(private_key)
         return got
 
     def check(self) -> None:
@@ -129,7 +132,7 @@ class KvBlocks:
         Raises:
             InvariantViolation: both sides.
         """
-        queued = sum([self.size_of[key] for key in self.idle])
+        queued = sum(map(self.size_of.__getitem__, self.idle.held))
         if self.n_free != self.n_blocks or self.fresh + queued != self.n_free:
             raise InvariantViolation(
                 f"INV-4 blocks: {self.n_free} free, {self.fresh} fresh + {queued} queued, "

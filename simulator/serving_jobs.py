@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class JobFeed:
         self.ranks = ranks
         self._bytes_per_token = kv_bytes_per_token
         n_tenants = len(table.tenants)
-        self._keys = table.chunk_ids
+        self._keys: NDArray[Any] = table.chunk_ids
         lengths = table.chunk_tokens
         self.names = np.arange(len(lengths), dtype=np.int64)
         if n_tenants > 1:
@@ -121,16 +122,20 @@ class JobFeed:
             self.names, keys = np.unique(salted, return_inverse=True)
             self._keys = keys.astype(np.int32)
             lengths = lengths[self.names // n_tenants]
-        self._lengths = lengths
+        self._lengths: list[int] = lengths.tolist()
         self._by_chain = by_chain and not table.chained
         self._chain_of: dict[tuple[int, int], int] = {}
         self._needs_chains = (by_chain or needs_chains) and not table.chained
-        self.tokens_of: list[int] = [] if self._by_chain else lengths.tolist()
+        self.tokens_of: list[int] = [] if self._by_chain else self._lengths
         self.first_start: dict[int, int] = {}
-        """Where each key stood when it was met first, unless at 0; only with `needs_starts`."""
+        """Where each key stood when it was met first; only with `needs_starts`."""
         self._needs_starts = needs_starts
         self.bytes_of = [n * kv_bytes_per_token for n in self.tokens_of]
-
+        # One entry of a view costs a third of one of an array.
+        self._starts, self._key_view = table.chunk_start.data, self._keys.data
+        self._prompts = table.prompt_tokens.data
+        self._outputs = table.output_tokens.data
+        self._classes = table.slo_class.data
         if self._by_chain:  # all at once, so that keys do not depend on what comes when
             for row in range(len(table)):
                 self.job(row, 0)
@@ -138,24 +143,20 @@ class JobFeed:
 
     def job(self, row: int, arrival_ns: int) -> Job:
         """The request of one row."""
-        table = self.table
-        start, stop = int(table.chunk_start[row]), int(table.chunk_start[row + 1])
-        rank = self.ranks[table.slo_class[row]] if len(self.ranks) > 1 else 0
-        n_prompt, n_output = int(table.prompt_tokens[row]), int(table.output_tokens[row])
-        job = Job(row, arrival_ns, n_prompt, n_output, rank)
+        start, stop = self._starts[row], self._starts[row + 1]
+        rank = self.ranks[self._classes[row]] if len(self.ranks) > 1 else 0
+        job = Job(row, arrival_ns, self._prompts[row], self._outputs[row], rank)
         if stop > start:
-            keys: NDArray[Any] = self._keys[start:stop]
-            lengths = self._lengths[keys]
-            job.content_keys = keys.tolist()
-            job.ends = lengths.cumsum(dtype=np.int64).tolist()
-            job.keys = job.content_keys
+            keys = job.keys = job.content_keys = self._key_view[start:stop].tolist()
+            lengths = [*map(self._lengths.__getitem__, keys)]
+            job.ends = [*accumulate(lengths)]
             if self._needs_chains:
-                job.keys = self._chained(job.content_keys, lengths.tolist())
+                job.keys = self._chained(keys, lengths)
                 if self._by_chain:
                     job.content_keys = job.keys
             if self._needs_starts:
-                for key, end in zip(job.content_keys[1:], job.ends, strict=False):
-                    self.first_start.setdefault(key, end)
+                for key, start in zip(job.content_keys, [0, *job.ends], strict=False):
+                    self.first_start.setdefault(key, start)
         return job
 
     def _chained(self, keys: list[int], lengths: list[int]) -> list[int]:

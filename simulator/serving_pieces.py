@@ -137,14 +137,15 @@ class PieceReplica(Replica):
         """Have a prompt with pieces left, admitting one if need be; False if none may be."""
         if self.prefilling:
             return True
-        queue = next((queue for queue in self.waiting if queue), None)
-        if queue is None or len(self.running) >= self.limits.max_num_seqs:
+        if not self.n_waiting or len(self.running) >= self.limits.max_num_seqs:
             return False
+        queue = self._first_queue()
         job = queue[0]
         need = self._blocks(job.n_tokens + job.n_output)
         if need > self.blocks.n_free:
             return False
         queue.popleft()
+        self.n_waiting -= 1
         self.blocks.take(need)
         job.n_private = need
         job.order = self.n_admitted

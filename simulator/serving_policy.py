@@ -44,7 +44,7 @@ class Fates:
         Returns:
             By tier: [chunks loaded, tokens loaded, tokens of those chunks that are recomputed].
         """
-        tokens_of = self.tokens_of
+        tokens_of, chained, exact_again = self.tokens_of, self.chained, not self.loads_exact
         at = job.ends[n_hit - 1] if n_hit else 0
         runs: list[Run] = []
         loads: dict[int, list[int]] = {}
@@ -56,7 +56,8 @@ class Fates:
                 new.append(key)
                 dense += n
             else:
-                again = self._n_again(tier, n, ordinal)
+                is_exact = chained or not ordinal
+                again = exact_again * n if is_exact else self._n_again(tier, n)
                 if again >= n:
                     dense += n
                 else:
@@ -65,7 +66,7 @@ class Fates:
                         dense = 0
                     if again:
                         runs.append((again, at, n / again))
-                    if not self.chained and ordinal:
+                    if not chained and ordinal:
                         job.n_nameable = min(job.n_nameable, ordinal)
                     load = loads.get(tier)
                     if load is None:
@@ -90,10 +91,8 @@ class Fates:
             job.rows_left = sum([run[0] for run in runs])
         return loads
 
-    def _n_again(self, tier: int, n: int, ordinal: int) -> int:
-        """Tokens of a found chunk that are computed again."""
-        if self.chained or ordinal == 0:
-            return 0 if self.loads_exact else n
+    def _n_again(self, tier: int, n: int) -> int:
+        """Tokens of a found chunk that are computed again, where it is not exact."""
         key = tier, n
         count = self._counts.get(key)
         if count is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import deque
-from itertools import pairwise
+from operator import sub
 from typing import Protocol
 
 from ..core.step_cost import StepCost
@@ -51,8 +51,8 @@ class Replica:
 
     __slots__ = (
         "blocks", "budget", "busy_ns", "caching", "cost", "decodes", "depth", "flying", "host",
-        "index", "limits", "n_admitted", "n_steps", "outstanding", "prefilling", "running", "size",
-        "waiting",
+        "index", "limits", "n_admitted", "n_steps", "n_waiting", "outstanding", "prefilling",
+        "running", "size", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +69,7 @@ class Replica:
         self.decodes = Decodes(self.size, getattr(cost, "has_skew", False))
         self.waiting: list[deque[Job]] = [deque() for _ in range(n_ranks)]
         """By priority."""
+        self.n_waiting = 0
         self.running: dict[int, Job] = {}
         """By order of admission."""
         self.prefilling: list[Job] = []
@@ -86,6 +87,7 @@ class Replica:
         """A request has come; whether it may be admitted before another ends."""
         queue = self.waiting[job.rank]
         queue.append(job)
+        self.n_waiting += 1
         job.rows_left = job.n_tokens
         self.outstanding += job.n_tokens
         return len(queue) == 1 and not any(self.waiting[: job.rank])
@@ -196,7 +198,7 @@ class Replica:
             if self.running.pop(job.order, None) is not None:
                 self.blocks.give_back(job.held, job.n_private, self.blocks.new_key())
             self.host.ended(self, job, now_ns)
-        if step.ending and self.flying and any(self.waiting):
+        if step.ending and self.flying and self.n_waiting:
             return self.cut(now_ns)
         return None
 
@@ -295,20 +297,26 @@ class Replica:
         job.held = []
         job.n_private = 0
         self.waiting[job.rank].appendleft(job)
+        self.n_waiting += 1
 
     def _admit(self, step: Step, shapes: list[tuple[int, int]], budget: int, now_ns: int) -> None:
         """From the queue, while memory, seats and budget allow."""
-        while budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            queue = next((queue for queue in self.waiting if queue), None)
-            if queue is None or not self._take_in(queue[0], now_ns):
+        while budget > 0 and self.n_waiting and len(self.running) < self.limits.max_num_seqs:
+            queue = self._first_queue()
+            if not self._take_in(queue[0], now_ns):
                 return
             job = queue.popleft()
+            self.n_waiting -= 1
             if not job.is_loading:
                 n = min(job.rows_left, budget)
                 self._grow(job, n)
                 self.prefilling.append(job)
                 self._launch(step, job, n, shapes)
                 budget -= n
+
+    def _first_queue(self) -> deque[Job]:
+        """The queue of those that go first, while somebody waits."""
+        return next(filter(None, self.waiting))
 
     def _take_in(self, job: Job, now_ns: int) -> bool:
         """Give a request its place, and what GPU memory has of it; False if it does not fit."""
@@ -366,7 +374,7 @@ class Replica:
             if not at:
                 edges.insert(0, 0)
             job.n_private -= edges[-1] - edges[0]
-            sizes = [high - low for low, high in pairwise(edges)]
+            sizes = [*map(sub, edges[1:], edges)]
             job.held += self.blocks.name(job.keys[at:stop], sizes)
 
     def _n_shared(self, ends: list[int], n_chunks: int) -> int:
@@ -389,4 +397,4 @@ class Replica:
     @property
     def n_inside(self) -> int:
         """Requests that came and have not ended."""
-        return len(self.running) + sum([len(queue) for queue in self.waiting])
+        return len(self.running) + self.n_waiting

@@ -209,7 +209,7 @@ def _statistics(name: str, values: Floats) -> dict[str, float | None]:
     values = values[~np.isnan(values)]
     if not len(values):
         return {f"{name}_{s}": None for s in ("mean", *(f"p{p}" for p in PERCENTILES))}
-    found = {f"{name}_mean": float(values.mean())}
+    found: dict[str, float | None] = {f"{name}_mean": float(values.mean())}
     for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True):
         found[f"{name}_p{p}"] = float(value)
     return found

@@ -10,15 +10,13 @@ done.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..core.errors import InvariantViolation
 from ..core.units import NS_PER_S
 from .serving_eviction import Order
 from .serving_fleet import TierSpec
 from .serving_links import Link
-
-Forget = Callable[[int], None]
 
 
 class TierState:
@@ -34,15 +32,15 @@ class TierState:
         self.link = Link()
         self.capacity = spec.capacity_bytes if spec.capacity_bytes is not None else 1 << 62
         self.used = 0
-        self.writes: deque[tuple[int, list[int]]] = deque()
-        """(when done, keys), in order."""
+        self.writes: deque[tuple[int, Sequence[int], int]] = deque()
+        """(when done, keys, bytes), in order."""
         self.write_free_ns = 0
         self.write_ns_per_byte = NS_PER_S / spec.write_bytes_per_s
         buffer = spec.write_buffer_bytes
         self.write_buffer_ns = 1 << 62 if buffer is None else round(buffer * self.write_ns_per_byte)
         self.read_bytes = self.written_bytes = self.dropped_bytes = self.n_evicted = 0
 
-    def write(self, keys: list[int], n_bytes: int, now_ns: int) -> None:
+    def write(self, keys: Sequence[int], n_bytes: int, now_ns: int) -> None:
         """Queue a write; dropped if what waits would not fit into the buffer."""
         start = max(now_ns, self.write_free_ns)
         took = n_bytes * self.write_ns_per_byte
@@ -51,122 +49,125 @@ class TierState:
             return
         self.write_free_ns = start + round(took)
         self.written_bytes += n_bytes
-        self.writes.append((self.write_free_ns, keys))
+        self.writes.append((self.write_free_ns, keys, n_bytes))
+
+    def check(self, bytes_of: Sequence[int]) -> None:
+        """Used bytes are those of the chunks that are there, and fit (INV-4).
+
+        Raises:
+            InvariantViolation: both sides.
+        """
+        held = sum(map(bytes_of.__getitem__, self.order.held))
+        if held != self.used or held > self.capacity:
+            raise InvariantViolation(
+                f"INV-4 tier {self.spec.name}: {self.used} used, chunks of {held} bytes, "
+                f"capacity {self.capacity}"
+            )
 
 
 class ChunkTiers:
     """The tiers that one replica sees, fastest first; the shared ones are last."""
 
     def __init__(
-        self, own: Sequence[TierState], shared: Sequence[TierState], bytes_of: Sequence[int]
+        self,
+        own: Sequence[TierState],
+        shared: Sequence[TierState],
+        bytes_of: Sequence[int],
+        largest_bytes: int,
     ) -> None:
         self.own = list(own)
-        self.shared = list(shared)
         self.tiers = [*own, *shared]
         self.bytes_of = bytes_of
-        self.where: dict[int, int] = {}
-        """Which of its own tiers holds a chunk."""
+        self.largest_bytes = largest_bytes
+        held = [tier.order.held.keys() for tier in self.tiers]
+        self._rivals = [held[: len(own)]] * len(own) + [[keys] for keys in held[len(own) :]]
+        """By tier: what may hold a chunk already that is written to it."""
 
     def settle(self, now_ns: int) -> None:
         """Writes that are done become readable."""
         for i, tier in enumerate(self.tiers):
             writes = tier.writes
             while writes and writes[0][0] <= now_ns:
-                done_ns, keys = writes.popleft()
-                self._insert(i, keys, done_ns)
+                done_ns, keys, n_bytes = writes.popleft()
+                self._insert(i, keys, n_bytes, done_ns)
 
     def find(self, keys: Sequence[int]) -> list[int]:
         """The tier each chunk is best read from, -1 for none."""
-        where = self.where
-        found = [where.get(key, -1) for key in keys]
-        for i in range(len(self.own), len(self.tiers)):
-            if -1 in found:
-                order = self.tiers[i].order
+        found = [-1] * len(keys)
+        for i, tier in enumerate(self.tiers):
+            held = tier.order.held
+            if not held.keys().isdisjoint(keys):
                 found = [
-                    i if at < 0 and key in order else at
-                    for at, key in zip(found, keys, strict=True)
+                    i if at < 0 and key in held else at for at, key in zip(found, keys, strict=True)
                 ]
+                if -1 not in found:
+                    break
         return found
 
     def use(self, keys: Sequence[int], found: Sequence[int], now_ns: int) -> None:
         """Chunks are loaded from where `find` saw them: used now, and moved up."""
-        rising: list[int] = []
-        touch = [tier.order.touch for tier in self.tiers]
         n_own = len(self.own)
-        for key, at in zip(keys, found, strict=True):
-            if at < 0:
-                continue
-            if at == 0 or at >= n_own:
-                touch[at](key)
-            if at > 0 and n_own:
-                rising.append(key)
-        if rising:
-            self._rise(rising, now_ns)
+        for i in set(found):
+            if i == 0 or i >= n_own:
+                used = [k for k, at in zip(keys, found, strict=True) if at == i]
+                self.tiers[i].order.touch(used)
+        if n_own:
+            rising = {k: at for k, at in zip(keys, found, strict=True) if at > 0}
+            if rising:
+                self._rise(rising, now_ns)
 
     def add_new(self, keys: list[int], now_ns: int) -> None:
         """Chunks were computed: written to the first own tier and to every shared one."""
-        for i in range(len(self.tiers)):
+        n_bytes = sum(map(self.bytes_of.__getitem__, keys))
+        for i, tier in enumerate(self.tiers):
             if i == 0 or i >= len(self.own):
-                self._write(i, keys, now_ns)
+                tier.write(keys, n_bytes, now_ns)
 
     def fill(self, tier: int, keys: Sequence[int]) -> None:
         """Contents from before the run, coldest first; what does not fit leaves."""
-        self._insert(tier, list(keys), 0, demote=False)
+        self._insert(tier, keys, sum(map(self.bytes_of.__getitem__, keys)), 0, demote=False)
 
-    def _rise(self, keys: list[int], now_ns: int) -> None:
-        where, bytes_of = self.where, self.bytes_of
-        for key in keys:
-            at = where.pop(key, -1)
-            if at >= 0:
+    def _rise(self, tier_of: dict[int, int], now_ns: int) -> None:
+        for key, at in tier_of.items():
+            if at < len(self.own):
                 tier = self.own[at]
                 tier.order.remove(key)
-                tier.used -= bytes_of[key]
-        self._insert(0, keys, now_ns)
+                tier.used -= self.bytes_of[key]
+        n_bytes = sum(map(self.bytes_of.__getitem__, tier_of))
+        self._insert(0, list(tier_of), n_bytes, now_ns)
 
-    def _write(self, at: int, keys: list[int], now_ns: int) -> None:
-        bytes_of = self.bytes_of
-        self.tiers[at].write(keys, sum(map(bytes_of.__getitem__, keys)), now_ns)
-
-    def _insert(self, at: int, keys: list[int], now_ns: int, demote: bool = True) -> None:
+    def _insert(
+        self, at: int, keys: Sequence[int], n_bytes: int, now_ns: int, demote: bool = True
+    ) -> None:
         """Chunks are there now; the coldest make room, and are written one tier down."""
         tier = self.tiers[at]
-        order, capacity, bytes_of, where = tier.order, tier.capacity, self.bytes_of, self.where
-        own = at < len(self.own)
-        known = where if own else order
-        fresh = dict.fromkeys([k for k in keys if k not in known and bytes_of[k] <= capacity], at)
-        order.add(fresh)
-        if own:
-            where.update(fresh)
-        used = tier.used + sum(map(bytes_of.__getitem__, fresh))
-        victims: list[int] = []
-        while used > capacity:
-            key = order.pop()
-            used -= bytes_of[key]
-            victims.append(key)
-        if own:
-            for key in victims:
-                del where[key]
-        tier.used = used
-        if victims:
+        order, capacity, bytes_of = tier.order, tier.capacity, self.bytes_of
+        is_new = capacity >= self.largest_bytes and len(set(keys)) == len(keys)
+        for held in self._rivals[at]:
+            is_new = is_new and held.isdisjoint(keys)
+        if not is_new:
+            known = {key for held in self._rivals[at] for key in held & keys}
+            fresh = dict.fromkeys(k for k in keys if bytes_of[k] <= capacity)
+            keys = [k for k in fresh if k not in known]
+            n_bytes = sum(map(bytes_of.__getitem__, keys))
+        order.add(keys)
+        tier.used += n_bytes
+        if tier.used > capacity:
+            victims, n_bytes = order.pop(tier.used - capacity, bytes_of)
+            tier.used -= n_bytes
             tier.n_evicted += len(victims)
             if demote and at + 1 < len(self.own):
-                self._write(at + 1, victims, now_ns)
+                self.own[at + 1].write(victims, n_bytes, now_ns)
 
     def check(self) -> None:
-        """Used bytes are those of the chunks that are there, and fit (INV-4).
+        """Its own tiers hold what they should, and no chunk lies in two of them (INV-4).
 
         Raises:
             InvariantViolation: both sides.
         """
-        for i, tier in enumerate(self.tiers):
-            keys = tier.order.coldest_first()
-            held = sum([self.bytes_of[key] for key in keys])
-            if held != tier.used or held > tier.capacity:
-                raise InvariantViolation(
-                    f"INV-4 tier {tier.spec.name}: {tier.used} used, chunks of {held} bytes, "
-                    f"capacity {tier.capacity}"
-                )
-            if i < len(self.own) and any(self.where.get(key) != i for key in keys):
-                raise InvariantViolation(f"INV-4 tier {tier.spec.name}: a chunk is lost")
-        if len(self.where) != sum(len(tier.order) for tier in self.own):
+        everything: set[int] = set()
+        for tier in self.own:
+            tier.check(self.bytes_of)
+            everything.update(tier.order.held)
+        if len(everything) != sum(len(tier.order) for tier in self.own):
             raise InvariantViolation("INV-4 tiers: a chunk lies in two of them")

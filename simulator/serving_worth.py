@@ -16,18 +16,23 @@ class Worth:
         self.row = 0
         self._feed = feed
         self._cost = cost
+        self._values: dict[int, float] = {}
         self._seconds: dict[tuple[int, int], float] = {}
         self._rows: dict[int, list[int]] = {}
         self._start: dict[int, int] = {}
 
     def value(self, key: int) -> float:
         """Seconds to compute a chunk where it first stood, per byte."""
+        worth = self._values.get(key)
+        if worth is not None:
+            return worth
         feed = self._feed
         sizes = feed.tokens_of[key], feed.first_start.get(key, 0)
         found = self._seconds.get(sizes)
         if found is None:
             found = self._seconds[sizes] = self._cost.step_s([sizes], 0, 0)
-        return found / max(1, feed.bytes_of[key])
+        worth = self._values[key] = found / max(1, feed.bytes_of[key])
+        return worth
 
     def next_use(self, key: int) -> int:
         """Row that asks for a chunk next, in the order of the trace."""

@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 ATTENTION_AXES = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
 
+TILE_ROWS = 16
+"""Rows that a tensor core multiplies at once: a matrix product works on whole tiles of its rows."""
+
 Floats = NDArray[np.float64]
 Piece = tuple[int, int]
 
@@ -39,6 +42,16 @@ class Curve:
         if i == 0 and share < 0:
             return self.us[0]
         return self.us[i] + share * (self.us[i + 1] - self.us[i])
+
+    def at_tile(self, rows: int) -> float:
+        """The same for matrix products: measured there, or at the end of the tile they begin.
+
+        Their time is a staircase: a line between two points cuts off the foot of the next stair.
+        """
+        i = bisect_right(self.x, rows) - 1
+        if i >= 0 and self.x[i] == rows:
+            return self.us[i]
+        return self.at(-(-rows // TILE_ROWS) * TILE_ROWS)
 
 
 @dataclass
@@ -90,7 +103,7 @@ class StepProfile:
         padded = self._padded(tokens)
         reduce_us = self.all_reduce_fixed_us + self.all_reduce_us_per_token * padded
         layer_us = (
-            self.dense_us.at(padded)
+            self.dense_us.at_tile(padded)
             + reduce_us
             + self.attention_us(pieces, n_decode, kv_decode_tokens, kv_decode_max)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from math import exp, log
 
 from .model_cost import ModelCost
@@ -45,6 +46,7 @@ class StepTables:
         self._cells: dict[tuple[int, int], float] = {}
         self._pieces: dict[tuple[int, int], float] = {}
         model, tp = cost.model, cost.tp
+        self._logits_s = lru_cache(maxsize=1 << 14)(cost.logits_s)
         self._heads = (model.n_heads // tp, max(1, model.n_kv_heads // tp), model.head_dim)
 
     def step_s(
@@ -64,9 +66,9 @@ class StepTables:
             rows += n_query
             attention_s += self._attention_s(n_query, n_cached)
         seconds = self._layers * attention_s + self._rows_s(rows) + self.overhead_s
-        seconds += cost.logits_s(n_decode + len(pieces))
+        seconds += self._logits_s(n_decode + len(pieces))
         if n_decode:
-            alone_s = cost.rows_s(n_decode) + cost.logits_s(n_decode)
+            alone_s = cost.rows_s(n_decode) + self._logits_s(n_decode)
             seconds += cost.decode_s(n_decode, kv_decode_tokens) - alone_s
         return seconds
 

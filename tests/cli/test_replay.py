@@ -43,11 +43,47 @@ def test_a_replay_says_what_happened_and_shows_one_life(
     assert again["ttft_ms_p99"] == said["ttft_ms_p99"], "being watched changes nothing"
 
 
+def test_tensor_and_pipeline_parallel_groups(run: Run, trace: Path) -> None:
+    found = {}
+    for n_gpus, stages in ((1, 1), (2, 1), (1, 2)):
+        status, out, err = run("replay", trace, "--n-gpus", n_gpus, "--stages", stages)
+        assert status == 0, err
+        found[n_gpus, stages] = json.loads(out.splitlines()[-1])
+    assert found[2, 1]["ttft_ms_p50"] < found[1, 1]["ttft_ms_p50"]
+    assert found[2, 1]["tpot_ms_p50"] < found[1, 2]["tpot_ms_p50"], "a lone token passes all stages"
+    assert found[1, 2]["fleet"].endswith("2 stages")
+
+
+def test_a_snapshot_of_one_replay_warms_the_next(run: Run, trace: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    said = [json.loads(run("replay", trace, "--snapshot-out", kept)[1].splitlines()[-1])]
+    assert set(json.loads(kept.read_text())["tiers"]) == {"dram", "nvme-gen4"}
+    said.append(json.loads(run("replay", trace, "--snapshot", kept)[1].splitlines()[-1]))
+    assert said[1]["computed_tokens"] < said[0]["computed_tokens"]
+    assert said[1]["ttft_ms_mean"] < said[0]["ttft_ms_mean"]
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("\n".join(trace.read_text().splitlines()[:5]))  # lacks most of the chunks
+    again = tmp_path / "again.json"
+    status, _, err = run("replay", shorter, "--snapshot", kept, "--snapshot-out", again)
+    assert status == 0, err
+    sizes = [json.loads(p.read_text())["tiers"]["dram"]["n_bytes"] for p in (kept, again)]
+    assert sum(sizes[1]) == sum(sizes[0]), "what nobody asks for stays while there is room"
+    for args, words in (
+        (("--snapshot", kept, "--format", "int8"), "as many bytes"),
+        (("--snapshot", kept, "--disk", "none"), "names tiers of the machine"),
+        (("--snapshot", kept, "--policy", "full_recompute"), "0 tiers"),
+        (("--snapshot-out", again, "--replicas", 2), "of one replica"),
+    ):
+        status, out, err = run("replay", trace, *args)
+        assert (status, out) == (2, "") and words in err, err
+
+
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
         ("--life", 20, "rows 0 to 19"),
         ("--gpu", "H1000", "H100"),
+        ("--gpu", "H100-SXM,L4", "one fleet"),
         ("--eviction", "oldest", "lru"),
         ("--model", "Llama-9", "Llama"),
         ("--slo", "ttft=1", "ttft_ms"),

@@ -8,7 +8,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from cachetune.simulator.serving import serve_trace
-from cachetune.simulator.serving_eviction import Lru, Ranked, order_of
+from cachetune.simulator.serving_eviction import Lru, order_of
+from cachetune.simulator.serving_jobs import JobFeed
 from serving_support import LinearCost, make_fleet, make_table, make_tier, random_table
 
 TOKEN_S = 1e-3
@@ -119,17 +120,33 @@ def test_lru_is_an_ordered_dict(seed: int) -> None:
     draw = random.Random(seed)
     peer: OrderedDict[int, None] = OrderedDict()
     order = Lru()
+    sizes = [draw.choice([1, 2, 7]) for _ in range(50)]
     for _ in range(2000):
         key = draw.randrange(50)
         if key in peer:
             peer.move_to_end(key)
-            order.touch(key)
+            order.touch([key])
         else:
             peer[key] = None
             order.add([key])
-        if len(peer) > 20:
-            assert order.pop() == peer.popitem(last=False)[0]
+        while len(peer) > 20 + draw.randrange(10):
+            excess = draw.choice([1, 5, 40, sum(sizes[k] for k in peer)])
+            victims, freed = order.pop(excess, sizes)
+            expected = []
+            while sum(sizes[k] for k in expected) < excess:
+                expected.append(peer.popitem(last=False)[0])
+            assert (victims, freed) == (expected, sum(sizes[k] for k in expected))
+            if draw.random() < 0.5:
+                order.put_first(victims[-1])
+                peer[victims[-1]] = None
+                peer.move_to_end(victims[-1], last=False)
+        if peer and draw.random() < 0.05:
+            gone = draw.choice(list(peer))
+            del peer[gone]
+            order.remove(gone)
+        assert len(order) == len(peer)
     assert order.coldest_first() == list(peer)
+    assert set(order.held) == set(peer)
 
 
 @pytest.mark.parametrize("name", ["lfu", "cost"])
@@ -141,13 +158,12 @@ def test_ranked_orders_evict_as_the_store_does(name: str) -> None:
     value = {key: draw.choice([1.0, 2.0, 4.0]) for key in range(50)}
     peer = Evictor(name)  # type: ignore[arg-type]
     order = order_of(name, value.__getitem__, lambda key: 0)
-    assert isinstance(order, Ranked)
     kept: set[int] = set()
     for _ in range(3000):
         key = draw.randrange(50)
         if key in kept:
             peer.use(str(key))
-            order.touch(key)
+            order.touch([key])
         else:
             kept.add(key)
             peer.add(str(key), 1, value[key])
@@ -157,7 +173,7 @@ def test_ranked_orders_evict_as_the_store_does(name: str) -> None:
             assert victim is not None
             peer.remove(victim, evicted=True)
             kept.remove(int(victim))
-            assert order.pop() == int(victim)
+            assert order.pop(1, [1] * 50) == ([int(victim)], 1)
 
 
 def test_belady_bounds_the_others() -> None:
@@ -172,3 +188,14 @@ def test_belady_bounds_the_others() -> None:
         result = serve_trace(table, make_fleet(policy="full_reuse", tiers=[tier]), COST)
         hits[name] = int(result.loaded_tokens.sum())
     assert hits["belady"] > max(hits[name] for name in ("lru", "lfu", "cost"))
+
+
+def test_a_chunk_is_worth_what_it_cost_where_it_first_stood() -> None:
+    """At the head of a prompt first, behind others later: its worth does not change."""
+    table = make_table([70, 70], [1, 1], [0.0, 1.0], [[3, 1], [1, 3]])
+    feed = JobFeed(
+        table, [0], by_chain=False, needs_chains=False, needs_starts=True, kv_bytes_per_token=1
+    )
+    feed.job(0, 0)
+    feed.job(1, 0)
+    assert feed.first_start == {3: 0, 1: 16}

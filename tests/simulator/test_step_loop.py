@@ -9,6 +9,7 @@ import pytest
 from cachetune.core.errors import CapacityError, ProfileError
 from cachetune.simulator.operator_tables import load_step_profile
 from cachetune.simulator.step_loop import Arrival, EngineLimits, StepLoop
+from cachetune.simulator.step_profile import Curve
 
 
 class Ticks:
@@ -114,3 +115,10 @@ def test_bad_table_names_line_and_field(tmp_path: Path) -> None:
     (folder / "dense.csv").write_text("layer,tokens,time_us\nqkv_proj,1,abc")
     with pytest.raises(ProfileError, match="line 2: time_us"):
         load_step_profile(folder, 2)
+
+
+def test_matrix_products_work_on_whole_tiles_of_rows() -> None:
+    stairs = Curve((1, 8, 128, 144, 160), (5.0, 5.0, 10.0, 20.0, 21.0))
+    assert [stairs.at_tile(n) for n in (8, 128, 129, 143, 144, 160)] == [5, 10, 20, 20, 20, 21]
+    assert stairs.at(129) < stairs.at_tile(129), "a line cuts off the foot of the stair"
+    assert stairs.at_tile(170) == stairs.at(176)
