@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..tuner.whatif import Question
+    from ..tuner.question import Question
 
 _Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
 _Traffic = Annotated[
@@ -26,6 +26,11 @@ _Network = Annotated[str, typer.Option(help="Networks to a shared store, by comm
 _Policy = Annotated[str, typer.Option(help="Policies, by commas.")]
 _Format = Annotated[str, typer.Option(help="Stored formats, by commas: bf16, int8, int4, int2.")]
 _Weights = Annotated[str, typer.Option(help="Weights, by commas: bfloat16, fp8.")]
+_Router = Annotated[
+    str,
+    typer.Option(help="By commas: round_robin, least_load, prefix_affinity, chunk_affinity."),
+]
+_Eviction = Annotated[str, typer.Option(help="By commas: lru, lfu, cost, belady (a bound).")]
 _Dram = Annotated[float | None, typer.Option(help="DRAM of the host, GiB; default of the row.")]
 _Ratio = Annotated[float, typer.Option(help="Recompute ratio of cacheblend and cachetune.")]
 _Target = Annotated[
@@ -34,7 +39,7 @@ _Target = Annotated[
 _WhatIf = Annotated[
     str | None, typer.Option("--what-if", help="Changes to the best: disk=hdd-7200,shared=0.5,...")
 ]
-_Seeds = Annotated[int, typer.Option(min=1, max=100, help="Samples of traffic; 2 or more.")]
+_Seeds = Annotated[int, typer.Option(min=1, max=100, help="Samples of traffic.")]
 _Horizon = Annotated[float, typer.Option(min=1, help="Seconds of traffic in a run.")]
 _MaxRequests = Annotated[int, typer.Option(min=20, help="Most requests in a run.")]
 _Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
@@ -62,6 +67,8 @@ def command(
     policy: _Policy = "full_recompute,prefix_cache,cachetune",
     format: _Format = "bf16",
     weights: _Weights = "bfloat16",
+    router: _Router = "least_load",
+    eviction: _Eviction = "lru",
     dram_gib: _Dram = None,
     ratio: _Ratio = 0.15,
     target_rps: _Target = None,
@@ -104,6 +111,8 @@ def command(
         policies=policy,
         formats=format,
         weights=weights,
+        routers=router,
+        evictions=eviction,
         dram_gib=dram_gib,
         ratio=ratio,
         engine=engine,
@@ -131,7 +140,7 @@ def _question(
     from ..core.record import first_problem
     from ..core.workload import Slo
     from ..tuner.evaluate import RunLength
-    from ..tuner.whatif import Question
+    from ..tuner.question import Question
     from .whatif_options import level
 
     limits, share = level(slo)
@@ -146,7 +155,7 @@ def _question(
             length=RunLength(
                 horizon_s=horizon,
                 max_requests=max_requests,
-                min_requests=min(400, max_requests),
+                min_requests=min(max(400, round(20 / max(1 - share, 1e-3))), max_requests),
             ),
         )
     except ValidationError as e:

@@ -90,6 +90,8 @@ def candidates(
     policies: str,
     formats: str,
     weights: str,
+    routers: str,
+    evictions: str,
     dram_gib: float | None,
     ratio: float,
     engine: dict[str, Any],
@@ -104,8 +106,9 @@ def candidates(
     from ..core.memory_sum import EngineMemory
 
     found: dict[str, Candidate] = {}
-    every = (gpus, n_gpus, disks, networks, policies, formats, weights)
-    for gpu, count, disk, network, policy, stored, weight in product(*map(names, every)):
+    every = (gpus, n_gpus, disks, networks, policies, formats, weights, routers, evictions)
+    for chosen in product(*map(names, every)):
+        gpu, count, disk, network, policy, stored, weight, router, eviction = chosen
         machine = compose(
             catalogue,
             gpu,
@@ -121,9 +124,11 @@ def candidates(
             recompute_ratio=ratio,
             engine=_engine(EngineMemory, {**engine, "weights": weight}),
             overhead_s=overhead_ms / 1e3,
+            router=router,
+            eviction=eviction,
         )
         if not candidate.reuses:
-            key = f"{gpu} {count} {weight} {policy}"
+            key = f"{gpu} {count} {weight} {policy} {router}"
         else:
             key = candidate.fingerprint()
         found.setdefault(key, candidate)

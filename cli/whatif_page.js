@@ -3,12 +3,16 @@
 
 const answer = JSON.parse(document.getElementById("answer").textContent);
 const GROUPS = [["machine", "machine"], ["tiers", "tiers"], ["policy", "policy"],
-  ["stored", "stored format"], ["weights", "weights"]];
+  ["stored", "stored format"], ["weights", "weights"], ["router", "router"],
+  ["eviction", "eviction"]];
 const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d1f",
   "#444444"];
 const slo = answer.question.slo;
 const base = answer.rows.find((r) => r.fingerprint === answer.best);
+const asked = answer.question.target_rps;
 let selected = (base || answer.rows[0]).fingerprint;
+let target = asked;
+let order = { column: null, down: false };
 
 const byId = (id) => document.getElementById(id);
 const values = (key) => [...new Set(answer.rows.map((r) => r[key]))];
@@ -40,7 +44,7 @@ function readAddress() {
 function buildFilters() {
   const wanted = readAddress();
   for (const [key, title] of GROUPS) {
-    if (values(key).length < 2) continue;
+    if (values(key).filter((v) => v !== "none").length < 2) continue;
     const group = element("fieldset", null, { "data-key": key });
     group.append(element("legend", title));
     for (const value of values(key)) {
@@ -69,6 +73,7 @@ function writeAddress() {
   for (const [key, on] of Object.entries(checked())) {
     if (on.length < values(key).length) parts.push(`${key}=${on.map(encodeURIComponent).join("|")}`);
   }
+  if (asked && !simulated()) parts.push(`target=${target}`);
   history.replaceState(null, "", "#" + parts.join("&"));
 }
 
@@ -83,25 +88,22 @@ function buildCards() {
   const cards = [];
   if (base) {
     const at = atLoad(base);
-    const target = answer.question.target_rps;
-    if (target) {
-      cards.push([number(base.replicas), `replicas for ${number(target)} req/s, simulated together`]);
-      cards.push(["$" + number(base.fleet_usd_per_h), "per hour, all replicas"]);
-    } else {
+    if (asked) {
+      const sure = base.replicas_high > base.replicas ? `; ${base.replicas_high} to be sure` : "";
+      cards.push([number(base.replicas),
+        `${base.replicas === 1 ? "replica" : "replicas"} for ${number(asked)} req/s, simulated together${sure}`]);
+      if (base.usd_per_h !== null) cards.push(["$" + number(base.fleet_usd_per_h), "per hour, all replicas"]);
+    } else if (base.usd_per_h !== null) {
       cards.push(["$" + number(base.usd_per_h), "per replica and hour"]);
     }
-    cards.push(["$" + number(target ? base.fleet_usd_per_mtok : base.usd_per_mtok),
-      "per million tokens, prompt and output"]);
-    cards.push([number(base.capacity_rps) + " req/s", base.capacity_low_rps === null
-      ? "one replica carries (one seed: no interval)"
-      : `one replica carries; 95 %: ${number(base.capacity_low_rps)} to ${number(base.capacity_high_rps)}`]);
-    if (base.kernels_low_rps !== undefined) {
-      cards.push([`${number(base.kernels_low_rps)} – ${number(base.kernels_high_rps)}`,
-        "req/s with kernels at the ends of their 90 % interval"]);
+    if (base.usd_per_h !== null) {
+      cards.push(["$" + number(asked ? base.fleet_usd_per_mtok : base.usd_per_mtok),
+        "per million tokens, prompt and output"]);
     }
+    cards.push([(base.at_least ? "≥ " : "") + number(base.capacity_rps) + " req/s", `one replica carries (${between(base.low_rps, base.high_rps)})`
+      + (base.limit ? `, limited by ${base.limit}` : "")]);
     cards.push([number(at.ttft_ms_p99) + " ms", `TTFT p99 (asked: ${number(slo.ttft_ms)} ms)`]);
     cards.push([number(at.tpot_ms_p99) + " ms", `TPOT p99 (asked: ${number(slo.tpot_ms)} ms)`]);
-    if (base.usd_per_h === null) cards.splice(1, cards.length > 5 ? 2 : 1);
   }
   for (const [value, text] of cards) {
     const card = element("div", null, { class: "card", title: origin(base) });
@@ -110,35 +112,104 @@ function buildCards() {
   }
 }
 
+const between = (low, high) => low === undefined ? "–" : `${number(low)} to ${number(high)}`;
+const parts = (r) => r.capacity_rps === undefined ? "" : "traffic, 95 %: " +
+  `${between(r.capacity_low_rps, r.capacity_high_rps)}; kernels, 90 %: ${between(r.kernels_low_rps, r.kernels_high_rps)}`;
+const inTiers = (r) => atLoad(r).loaded_share === undefined ? null
+  : 100 * Object.values(atLoad(r).loaded_share).reduce((a, b) => a + b, 0);
+
+// At the rate that was asked, replicas are simulated together; at another, they are by division.
+const simulated = () => target === asked;
+const replicas = (r) => simulated() ? r.replicas : r.capacity_rps && Math.ceil(target / r.capacity_rps);
+const perHour = (r) => !target ? r.usd_per_h : simulated() ? r.fleet_usd_per_h
+  : r.usd_per_h && replicas(r) * r.usd_per_h;
+const perMtok = (r) => (target && simulated() ? r.fleet_usd_per_mtok : null) ?? r.usd_per_mtok;
+const surely = (r) => simulated() ? r.replicas_high : r.low_rps ? Math.ceil(target / r.low_rps) : null;
+const sureText = (v, sure) => sure && sure > v ? ` (${number(sure)})` : "";
+// As the answer chooses: at the unfavourable end of the interval.
+const cost = (r) => {
+  if (r.capacity_rps === undefined) return Infinity;
+  const price = r.usd_per_h ?? 1;
+  if (!target) return r.low_rps ? price / r.low_rps : Infinity;
+  return surely(r) === null ? Infinity : surely(r) * price;
+};
+
+const plain = (v) => number(v);
+// Title, value, how it is shown.
 const COLUMNS = [
-  ["candidate", (r) => r.name, true],
-  ["kernels", (r) => r.kernels.split(" from ")[0], true],
-  ["capacity, req/s", (r) => number(r.capacity_rps)],
-  ["95 % interval", (r) => r.capacity_rps === undefined ? "–"
-    : `${number(r.capacity_low_rps)} – ${number(r.capacity_high_rps)}`],
-  ["kernels 90 %", (r) => r.kernels_low_rps === undefined ? "–"
-    : `${number(r.kernels_low_rps)} – ${number(r.kernels_high_rps)}`],
-  ["replicas", (r) => number(r.replicas)],
-  ["$ per hour", (r) => number(r.fleet_usd_per_h ?? r.usd_per_h)],
-  ["$ per M tokens", (r) => number(r.fleet_usd_per_mtok ?? r.usd_per_mtok)],
-  ["TTFT p99, ms", (r) => number(atLoad(r).ttft_ms_p99)],
-  ["TPOT p99, ms", (r) => number(atLoad(r).tpot_ms_p99)],
-  ["found in tiers", (r) => atLoad(r).loaded_share === undefined ? "–"
-    : Math.round(100 * Object.values(atLoad(r).loaded_share).reduce((a, b) => a + b, 0)) + " %"],
+  ["candidate", (r) => r.name, String, "text"],
+  ["replicas", replicas, (v, r) => number(v) + sureText(v, target && surely(r))],
+  ["$ per hour", perHour, (v, r) => number(v) + sureText(v, target && v !== null && surely(r) * r.usd_per_h)],
+  ["one carries, req/s", (r) => r.capacity_rps, plain],
+  ["interval", (r) => r.low_rps, (v, r) => between(r.low_rps, r.high_rps)],
+  ["limited by", (r) => r.limit || "", String, "text"],
+  ["$ per M tokens", perMtok, plain],
+  ["TTFT p99, ms", (r) => atLoad(r).ttft_ms_p99, plain],
+  ["TPOT p99, ms", (r) => atLoad(r).tpot_ms_p99, plain],
+  ["from tiers", inTiers, (v) => v === null ? "–" : Math.round(v) + " %"],
+  ["kernels", (r) => r.kernels.split(" from ")[0], String, "text"],
 ];
+
+function sorted(rows) {
+  const key = order.column === null ? cost : COLUMNS[order.column][1];
+  const able = (r) => (r.why_not ? 1 : 0);
+  const compare = (a, b) => {
+    const [x, y] = [key(a) ?? Infinity, key(b) ?? Infinity];
+    return (x < y ? -1 : x > y ? 1 : 0) * (order.down ? -1 : 1);
+  };
+  return rows.slice().sort((a, b) => able(a) - able(b) || compare(a, b)
+    || (b.capacity_rps ?? 0) - (a.capacity_rps ?? 0));
+}
+
+function buildTarget() {
+  byId("target").hidden = !asked || !base;
+  if (!asked) return;
+  const box = byId("rate");
+  const [low, high] = [Math.log(asked / 20), Math.log(asked * 20)];
+  Object.assign(box, { min: low, max: high, step: (high - low) / 200 });
+  const wanted = Number((readAddress().target || [])[0]);
+  target = wanted > 0 ? wanted : asked;
+  box.value = Math.log(target);
+  box.addEventListener("input", () => {
+    const rate = Math.exp(Number(box.value));
+    target = Math.abs(rate / asked - 1) < 0.02 ? asked : Number(rate.toPrecision(2));
+    writeAddress();
+    drawTarget();
+    drawTable(shown());
+  });
+  drawTarget();
+}
+
+function drawTarget() {
+  byId("says").textContent = `${number(target)} req/s: ` + (simulated()
+    ? "replicas simulated together" : "replicas by division of what one carries") + "; in brackets: to be sure";
+}
 
 function drawTable(rows) {
   const body = byId("rows");
   body.replaceChildren();
   const head = element("tr", null);
-  for (const [title, , text] of COLUMNS) head.append(element("th", title, text ? { class: "text" } : {}));
+  COLUMNS.forEach(([title, , , kind], i) => {
+    const cell = element("th", title, kind ? { class: kind } : {});
+    if (order.column === i) cell.textContent += order.down ? " ↓" : " ↑";
+    cell.addEventListener("click", () => {
+      order = { column: i, down: order.column === i && !order.down };
+      drawTable(shown());
+    });
+    head.append(cell);
+  });
   body.append(head);
-  for (const row of rows) {
-    const line = element("tr", null, { title: origin(row), "data-fingerprint": row.fingerprint });
+  if (!rows.length) {
+    const line = element("tr", null, { class: "cannot" });
+    line.append(element("td", "No candidate has all of these: check more boxes.", { class: "text", colspan: COLUMNS.length }));
+    body.append(line);
+  }
+  for (const row of sorted(rows)) {
+    const line = element("tr", null, { title: `${origin(row)}; ${parts(row)}`, "data-fingerprint": row.fingerprint });
     line.classList.toggle("best", row.fingerprint === answer.best);
     line.classList.toggle("selected", row.fingerprint === selected);
     line.classList.toggle("cannot", Boolean(row.why_not));
-    for (const [, value, text] of COLUMNS) line.append(element("td", value(row), text ? { class: "text" } : {}));
+    for (const [, value, show, kind] of COLUMNS) line.append(element("td", show(value(row), row), kind ? { class: kind } : {}));
     line.addEventListener("click", () => { selected = row.fingerprint; draw(); });
     body.append(line);
     if (row.why_not || row.note) {
@@ -151,8 +222,10 @@ function drawTable(rows) {
 
 // -- plots ----------------------------------------------------------------------------------------
 
+const NARROW = innerWidth < 640;
 const layout = (title, x, y, more = {}) => ({
-  title: { text: title, font: { size: 14 } }, margin: { t: 40, r: 12, l: 60, b: 48 },
+  title: { text: title.replace("|", NARROW ? "<br>" : ": "), font: { size: NARROW ? 12 : 14 } },
+  margin: { t: 44, r: 12, l: 60, b: 48 }, font: { size: NARROW ? 10 : 12 },
   xaxis: { title: { text: x }, automargin: true, zeroline: false, ...more.xaxis },
   yaxis: { title: { text: y }, automargin: true, zeroline: false, ...more.yaxis },
   legend: { orientation: "h", y: -0.22 }, hovermode: "closest", ...more.rest,
@@ -161,24 +234,25 @@ const plot = (id, traces, form) => Plotly.react(id, traces, form, { responsive: 
 
 // Colour is the policy, the symbol the machine; a policy has one entry in the legend.
 const LOG = { type: "log", dtick: "D2", tickformat: "~g" };
+const labelOf = (row) => NARROW ? row.name.replace(" · ", "<br>") : row.name;
 const legendOf = (row, traces) => ({ name: row.policy, legendgroup: row.policy,
   showlegend: !traces.some((t) => t.legendgroup === row.policy) });
 
 function drawCapacity(rows) {
-  const able = rows.filter((r) => r.capacity_rps !== undefined).slice().reverse();
+  const able = sorted(rows).filter((r) => r.capacity_rps !== undefined).reverse();
   const bar = {
-    type: "bar", orientation: "h", y: able.map((r) => r.name), x: able.map((r) => r.capacity_rps),
+    type: "bar", orientation: "h", y: able.map(labelOf), x: able.map((r) => r.capacity_rps),
     marker: { color: able.map(colourOf) },
     error_x: {
       type: "data", symmetric: false,
-      array: able.map((r) => (r.capacity_high_rps ?? r.capacity_rps) - r.capacity_rps),
-      arrayminus: able.map((r) => r.capacity_rps - (r.capacity_low_rps ?? r.capacity_rps)),
+      array: able.map((r) => r.high_rps - r.capacity_rps),
+      arrayminus: able.map((r) => r.capacity_rps - r.low_rps),
     },
-    text: able.map((r) => origin(r)), textposition: "none",
+    text: able.map((r) => `${parts(r)}<br>${origin(r)}`), textposition: "none",
     hovertemplate: "%{y}<br>%{x:.3g} req/s<br>%{text}<extra></extra>",
   };
-  plot("capacity", [bar], layout("What one replica carries (95 % over seeds)", "requests per second", "",
-    { rest: { height: Math.max(300, 90 + 34 * able.length) } }));
+  plot("capacity", [bar], layout("What one replica carries|interval of traffic and kernels", "requests per second", "",
+    { rest: { height: Math.max(300, 90 + (NARROW ? 44 : 34) * able.length) } }));
 }
 
 function frontOf(points) {
@@ -205,7 +279,7 @@ function drawPareto(rows) {
   const front = frontOf(all);
   traces.push({ type: "scatter", mode: "lines", name: "Pareto front", legendgroup: "front", x: front.map((p) => p.usd_per_mtok),
     y: front.map((p) => p.ttft_ms_p99), line: { color: "#1b1f24", width: 1, shape: "hv" }, hoverinfo: "skip" });
-  plot("pareto", traces, layout("Cost against TTFT p99: runs that keep the level, Pareto front", "$ per million tokens",
+  plot("pareto", traces, layout("Cost against TTFT p99|runs that keep the level, Pareto front", "$ per million tokens",
     "TTFT p99, ms", { xaxis: LOG, yaxis: LOG }));
   document.body.dataset.front = front.length;
 }
@@ -222,10 +296,10 @@ function drawLevel(rows) {
       hovertemplate: "%{x:.3g} req/s: %{y:.1f} %<br>%{text}<extra>" + row.name + "</extra>",
     });
   }
-  const asked = 100 * answer.question.attainment;
-  plot("level", traces, layout("Requests that keep the level, every run", "requests per second", "%",
+  const level = 100 * answer.question.attainment;
+  plot("level", traces, layout("Requests that keep the level|every run", "requests per second", "%",
     { xaxis: LOG, rest: { shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1,
-      y0: asked, y1: asked, line: { dash: "dot", color: "#57606a" } }] } }));
+      y0: level, y1: level, line: { dash: "dot", color: "#57606a" } }] } }));
 }
 
 function drawWhatIf() {
@@ -239,7 +313,7 @@ function drawWhatIf() {
     text: effects.map((e) => `${number(e.capacity_rps)} req/s, $${number(e.usd_per_mtok)} per M tokens, run ${e.fingerprint}`),
     textposition: "none", hovertemplate: "%{y}: %{x:+.1f} %<br>%{text}<extra></extra>",
   };
-  plot("whatif", [bar], layout("What if: capacity of the best, against now (paired, 95 %)", "% of capacity", "",
+  plot("whatif", [bar], layout("What if|capacity of the best, against now (paired, 95 %)", "% of capacity", "",
     { rest: { height: Math.max(300, 90 + 30 * effects.length) } }));
   for (const e of answer.what_if) if (e.ratio === null) byId("cannot").append(element("li", `${e.what}: ${e.why_not}`));
 }
@@ -283,7 +357,8 @@ function draw() {
 
 buildFilters();
 buildCards();
+buildTarget();
 draw();
 if (answer.what_if.length) drawWhatIf(); else byId("what-if").hidden = true;
-addEventListener("hashchange", () => { byId("filters").replaceChildren(); buildFilters(); draw(); });
+addEventListener("hashchange", () => { byId("filters").replaceChildren(); buildFilters(); buildTarget(); draw(); });
 document.body.dataset.ready = "1";

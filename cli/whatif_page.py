@@ -30,8 +30,10 @@ def page(answer: dict[str, Any]) -> str:
 <style>{style}</style><body>
 <p class="what">{html.escape(about)}</p>
 <h1 id="sentence">{html.escape(answer["sentence"])}</h1>
+<p class="aside">{html.escape(answer["aside"])}</p>
 <div class="cards" id="cards"></div>
 <div class="filters" id="filters"></div>
+<label class="target" id="target"><input type="range" id="rate"> <span id="says"></span></label>
 <div class="scroll"><table id="rows"></table></div>
 <div class="plots"><div class="plot" id="capacity"></div><div class="plot" id="pareto"></div>
 <div class="plot" id="level"></div>

@@ -15,12 +15,12 @@ from .console import note, print_json_line, print_table, progress_bar, warn
 if TYPE_CHECKING:
     from ..core.catalogue import Catalogue
     from ..tuner.candidate import Candidate
-    from ..tuner.sensitivity import Change
-    from ..tuner.whatif import Question
+    from ..tuner.question import Question
 
+_WHO = ("name", "machine", "tiers", "policy", "stored", "weights", "router", "eviction")
 COLUMNS = (
-    "name", "capacity_rps", "low", "high", "replicas", "usd_per_h", "usd_per_mtok",
-    "ttft_ms_p99", "tpot_ms_p99",
+    "name", "capacity_rps", "low_rps", "high_rps", "limit", "replicas", "usd_per_h",
+    "usd_per_mtok", "ttft_ms_p99", "tpot_ms_p99",
 )  # fmt: skip
 
 
@@ -70,34 +70,23 @@ def run(
             raise
         winner = best(rows, question.target_rps is not None)
         found: list[dict[str, Any]] = []
+        stopped = None
         if winner is not None:
             of_winner = next(c for c in chosen if c.fingerprint() == winner["fingerprint"])
             asked = asked if what_if is not None else default_changes(of_winner)
-            found = _effects(swept, asked, question, of_winner, catalogue, winner, tasks, effects)
+            try:
+                changed = [*swept("what if", tasks(asked, question, of_winner, catalogue))]
+            except Interrupted as e:
+                stopped = e
+                pairs = [(a, r) for a, r in zip(asked, e.results, strict=True) if r is not None]
+                note(f"{len(pairs)} of {len(asked)} what-ifs kept in {out}; run again to go on")
+                asked, changed = [a for a, _ in pairs], [r for _, r in pairs]
+            found = effects(asked, changed, winner, question.attainment)
     answer = _answer(question, rows, winner, found)
     _write(answer, out)
+    if stopped is not None:
+        raise stopped
     _print(answer, out)
-
-
-def _effects(
-    swept: Any,
-    asked: Sequence[Change],
-    question: Question,
-    of_winner: Candidate,
-    catalogue: Catalogue,
-    winner: Any,
-    tasks: Any,
-    effects: Any,
-) -> list[dict[str, Any]]:
-    from ..tuner.sweep import Interrupted
-
-    todo = tasks(asked, question, of_winner, catalogue)
-    try:
-        return list(effects(asked, swept("what if", todo), winner))
-    except Interrupted as e:
-        pairs = [(a, r) for a, r in zip(asked, e.results, strict=True) if r is not None]
-        note(f"{len(pairs)} of {len(asked)} what-ifs were done; run again to go on")
-        return list(effects([a for a, _ in pairs], [r for _, r in pairs], winner))
 
 
 def _answer(
@@ -107,14 +96,15 @@ def _answer(
     from ..tuner.whatif import best, pareto
 
     target = question.target_rps is not None
-    sure = best([r for r in rows if r["kernels"] == "measured"], target)
-    words = sentence(question, winner)
-    if winner is not None and sure is not None and winner["kernels"] != "measured":
-        words += f" Of GPUs whose kernels were measured: {_short(sure, target)}."
+    aside = ""
+    hoped = best(rows, target, sure=False)
+    if winner is not None and hoped is not None and hoped["fingerprint"] != winner["fingerprint"]:
+        aside = f"Cheaper, if its prediction holds: {_short(hoped, target)}."
     return {
         "command": "whatif",
         "version": __version__,
-        "sentence": words,
+        "sentence": sentence(question, winner),
+        "aside": aside,
         "question": question.model_dump(mode="json"),
         "traffic": question.traffic.provenance,
         "best": winner["fingerprint"] if winner else None,
@@ -132,8 +122,11 @@ def _assumptions() -> list[str]:
         f"{HOST_BYTES >> 30} GiB of each host's DRAM are not for KV (assumed)",
         f"host time per step {1e3 * OVERHEAD_S:g} ms unless given (vLLM 0.19, one machine)",
         "disks, memory and network come with the rented GPU unless they have a price",
-        "the capacity's interval is over samples of traffic; that of the kernels is apart, with "
-        "all kernels at one end of their 90 % interval",
+        "intervals hold two things: samples of traffic (95 % nominal, bootstrap over seeds and "
+        "batches of requests) and the cost model (all kernels at one end of their 90 % interval); "
+        "the two are independent, so their logarithms add in squares",
+        "the best is the cheapest at the unfavourable end of its interval; replicas to be sure are "
+        "for kernels at their slow end and traffic at its hard end",
         "dollars per million tokens count prompt and output together",
         "quality of answers is not simulated: hold the policy and ratio against its measurement",
     ]
@@ -152,22 +145,21 @@ def sentence(question: Question, winner: Any) -> str:
     what = winner["name"]
     if winner["kernels"] != "measured":
         what += f" (its kernels are {winner['kernels']}: mind the interval)"
-    rate = _between(winner["capacity_rps"], winner["capacity_low_rps"], winner["capacity_high_rps"])
-    one = f"one replica carries {rate} req/s"
+    rate = f"{winner['capacity_rps']:.3g} ({winner['low_rps']:.3g} to {winner['high_rps']:.3g})"
+    limit = f", limited by {winner['limit']}" if winner["limit"] else ""
+    least = "at least " if winner["at_least"] else ""
+    one = f"one replica carries {least}{rate} req/s{limit}"
     if target is None:
         cost = _dollars(winner["usd_per_mtok"], " per million tokens")
-        return f"Take {what}{cost}: {one} of {model} with {asked}."
+        return f"Take {what}{cost}: with {model} and {asked}, {one}."
     cost = _dollars(winner["fleet_usd_per_h"], " per hour")
     count = winner["replicas"]
-    plural = "replica" if count == 1 else "replicas"
+    serve = "it serves" if count == 1 else "together they serve"
+    replicas = f"{count} {'replica' if count == 1 else 'replicas'}{_to_be_sure(winner)}"
     return (
-        f"Take {count} {plural} of {what}{cost}: together they serve {model} at {target:.3g} req/s "
+        f"Take {replicas} of {what}{cost}: {serve} {model} at {target:.3g} req/s "
         f"with {asked}; {one}."
     )
-
-
-def _between(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.3g}" if low is None else f"{value:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _dollars(value: float | None, unit: str) -> str:
@@ -175,9 +167,20 @@ def _dollars(value: float | None, unit: str) -> str:
 
 
 def _short(row: Any, target: bool) -> str:
+    what = row["name"]
+    if row["kernels"] != "measured":
+        what += f" (its kernels are {row['kernels']})"
     if not target:
-        return f"{row['name']}{_dollars(row['usd_per_mtok'], ' per million tokens')}"
-    return f"{row['replicas']} of {row['name']}{_dollars(row['fleet_usd_per_h'], ' per hour')}"
+        return f"{what}{_dollars(row['usd_per_mtok'], ' per million tokens')}"
+    count = f"{row['replicas']}{_to_be_sure(row)}"
+    return f"{count} of {what}{_dollars(row['fleet_usd_per_h'], ' per hour')}"
+
+
+def _to_be_sure(row: Any) -> str:
+    count, sure = row["replicas"], row["replicas_high"]
+    if sure is None:
+        return " (to be sure, more than could be tried)"
+    return f" ({sure} to be sure)" if sure > count else ""
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,14 +191,18 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         fleet = row.get("replicas") is not None
         found.append(
             {
-                **{k: row[k] for k in ("name", "machine", "tiers", "policy", "stored", "weights")},
+                **{k: row[k] for k in _WHO},
                 "kernels": row["kernels"],
                 "capacity_rps": row.get("capacity_rps"),
-                "low": row.get("capacity_low_rps"),
-                "high": row.get("capacity_high_rps"),
-                "kernels_low": row.get("kernels_low_rps"),
-                "kernels_high": row.get("kernels_high_rps"),
+                "low_rps": row.get("low_rps"),
+                "high_rps": row.get("high_rps"),
+                "traffic_low_rps": row.get("capacity_low_rps"),
+                "traffic_high_rps": row.get("capacity_high_rps"),
+                "kernels_low_rps": row.get("kernels_low_rps"),
+                "kernels_high_rps": row.get("kernels_high_rps"),
+                "limit": row.get("limit"),
                 "replicas": row.get("replicas"),
+                "replicas_high": row.get("replicas_high"),
                 "usd_per_h": row.get("fleet_usd_per_h" if fleet else "usd_per_h"),
                 "usd_per_mtok": row.get("fleet_usd_per_mtok" if fleet else "usd_per_mtok"),
                 "ttft_ms_p99": at.get("ttft_ms_p99"),
@@ -236,17 +243,18 @@ def _print(answer: dict[str, Any], out: Path) -> None:
             warn(text)
     if answer["what_if"]:
         print_table(answer["what_if"], ("what", "ratio", "low", "high", "capacity_rps", "why_not"))
-    print(answer["sentence"])
+    print(f"{answer['sentence']} {answer['aside']}".rstrip())
     note(f"page: {out / 'whatif.html'}")
     if answer["best"] is None:
         raise CacheTuneError("a candidate must be able to do it", **_nearest_miss(answer["rows"]))
-    keep = ("command", "sentence", "best", "pareto", "what_if")
+    keep = ("command", "sentence", "aside", "best", "pareto", "what_if")
     short = {k: answer[k] for k in keep}
     print_json_line({**short, "rows": rows})
 
 
 def _nearest_miss(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    row = max(rows, key=lambda r: r.get("closest_good_share", -1.0))
+    free = {id(r): sum(item["n_bytes"] for item in r["memory"]) for r in rows}
+    row = max(rows, key=lambda r: (r.get("closest_good_share", -1.0), free[id(r)]))
     remedy = "loosen the SLO, or name other machines, policies or formats"
     if "closest_good_share" not in row:  # its own remedy is in its words
         remedy = ""

@@ -100,7 +100,8 @@ class TraceColumns:
                     line,
                     f"{names[1]} is at least 1",
                     f"{names[1]}=0",
-                    "drop such rows with zero_output='drop' (--zero-output drop)",
+                    "drop such rows with zero_output='drop' (--drop-empty, of `cachetune trace` "
+                    "--zero-output drop)",
                 )
             self.n_dropped += 1
             self.place_of.append(-1)

@@ -74,8 +74,10 @@ class Candidate(Record):
         gpu = self.machine.gpu.name
         count = f"{self.machine.n_gpus}x" if self.machine.n_gpus > 1 else ""
         weights = "" if self.engine.weights == "bfloat16" else f" {self.engine.weights}"
-        parts = [f"{count}{gpu}{weights}", self.tier_name]
-        return " · ".join([*parts, self.policy, *([self.stored] if self.reuses else [])])
+        parts = [f"{count}{gpu}{weights}", self.tier_name, self.policy]
+        parts += [self.stored] if self.reuses else []
+        parts += [self.eviction] if self.reuses and self.eviction != "lru" else []
+        return " · ".join([*parts, *([self.router] if self.router != "least_load" else [])])
 
     @property
     def tier_name(self) -> str:

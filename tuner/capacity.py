@@ -1,51 +1,33 @@
-"""The highest rate that keeps a service level: bisection per seed, interval over seeds.
+"""The highest rate that keeps a service level: bisection, with confidence.
 
 One seed fixes the requests; rates only squeeze their arrivals, and all candidates see the same
-ones. So for one seed the share of good requests falls almost monotonically with the rate, bisection
-finds where it crosses, and the spread over seeds is that of the traffic. The interval is Student's
-on the logarithm of the rate. What is compared is compared seed by seed.
+ones. So the share of good requests falls almost monotonically with the rate, and bisection finds
+where it crosses. The first seed alone finds the neighbourhood; there all seeds run, fewer where
+those that ran have decided, and bisection ends at the tolerance or where a narrower bracket would
+be far inside the interval (`tuner/attainment.py`). What is compared is compared pair by pair.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+from dataclasses import dataclass
 
 from ..core.errors import CacheTuneError
+from .attainment import Attainment, Estimate, Trial, verdict
 
 RATE_MIN_RPS = 1e-3
 RATE_MAX_RPS = 1e5
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One simulated run."""
-
-    rate_rps: float
-    seed: int
-    good_share: float
-    """Of the requests that are judged, those that keep TTFT and TPOT."""
-    stable: bool
-    """Whether requests left as fast as they came."""
-    metrics: dict[str, Any] = field(default_factory=dict)
-
+FIRST_TOLERANCE = 0.05
+"""Of the first seed's own bracket."""
+INSIDE = 0.25
+"""A bracket of this share of the interval is narrow enough."""
+BEYOND = 0.01
+"""Share of resamples that may cross outside the rates that ran."""
+WIDEN_MAX = 6
 
 Evaluate = Callable[[float, int], Trial]
 """(rate, seed) -> what happened."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A rate with its 95 % interval; without one (nan) where there is one seed."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -53,18 +35,28 @@ class Capacity:
     """What `find_capacity` found; `rate` is None where no rate keeps the level."""
 
     rate: Estimate | None
-    by_seed: dict[int, float]
+    first_rps: float | None
+    """Of the first seed alone, within `FIRST_TOLERANCE`."""
     trials: tuple[Trial, ...]
+    seeds: tuple[int, ...]
+    at_least: bool = False
 
     def closest(self) -> Trial:
-        """The trial with the largest share of good requests; of those, at the highest rate."""
-        return max(self.trials, key=lambda t: (t.good_share, t.rate_rps))
+        """The trial with the largest share of good requests; then the one that misses least."""
 
-    def at_capacity(self, attainment: float) -> Trial:
-        """Of the first seed, the fastest that kept the level (else the closest)."""
-        seed = self.trials[0].seed
-        kept = [t for t in self.trials if t.seed == seed and keeps(t, attainment)]
-        return max(kept, key=lambda t: t.rate_rps) if kept else self.closest()
+        def near(trial: Trial) -> tuple[float, float, bool, float]:
+            kept = trial.metrics.get("in_ttft", 0.0) + trial.metrics.get("in_tpot", 0.0)
+            return trial.good_share, kept, trial.stable, trial.rate_rps
+
+        return max(self.trials, key=near)
+
+    def at_capacity(self) -> Trial:
+        """Of the first seed, the fastest run that is not beyond the capacity (else the closest)."""
+        if self.rate is None:
+            return self.closest()
+        limit = self.rate.value * (1 + 1e-9)
+        below = [t for t in self.trials if t.seed == self.seeds[0] and t.rate_rps <= limit]
+        return max(below, key=lambda t: t.rate_rps) if below else self.closest()
 
 
 def keeps(trial: Trial, attainment: float) -> bool:
@@ -78,67 +70,124 @@ def find_capacity(
     seeds: Sequence[int],
     *,
     start_rps: float = 1.0,
+    factor: float = 2.0,
     tolerance: float = 0.02,
+    most_rps: float = RATE_MAX_RPS,
 ) -> Capacity:
     """Rate at which the share of good requests falls below `attainment`.
 
     Args:
         evaluate: simulates one run; the same arguments give the same trial.
         attainment: share of requests that must keep the level, in (0, 1].
-        seeds: traffic samples; two or more give an interval.
+        seeds: traffic samples.
         start_rps: where to begin.
-        tolerance: relative width at which bisection of one seed ends.
+        factor: first step away from there; steps grow.
+        tolerance: relative width at which bisection ends.
+        most_rps: what runs can show; a capacity that reaches it is `at_least`.
 
     Raises:
         CacheTuneError: no seeds, or an attainment or tolerance out of range.
     """
     _check(attainment, seeds, start_rps, tolerance)
-    trials: list[Trial] = []
-
-    def good(rate: float, seed: int) -> bool:
-        trials.append(evaluate(rate, seed))
-        return keeps(trials[-1], attainment)
-
-    by_seed: dict[int, float] = {}
-    guess, factor = start_rps, 2.0
-    for seed in seeds:
-        rate = _bisect(lambda r, s=seed: good(r, s), guess, factor, tolerance)
-        if rate is None:
-            return Capacity(None, by_seed, tuple(trials))
-        by_seed[seed] = rate
-        guess, factor = rate, 1.0 + 4 * tolerance  # seeds are alike: look near the last one
-    return Capacity(interval(list(by_seed.values())), by_seed, tuple(trials))
+    runs = _Runs(evaluate, attainment, tuple(seeds))
+    start = min(start_rps, most_rps)
+    first = _bisect(runs.first_keeps, start, factor, lambda: FIRST_TOLERANCE, most_rps)
+    guess, step = (start, factor) if first is None else (first, 1 + 4 * tolerance)
+    enough = lambda: max(tolerance, INSIDE * runs.width())  # noqa: E731
+    rate = _bisect(runs.keeps, guess, step, enough, most_rps)
+    estimate = None
+    if rate is not None:
+        runs.widen(1 + 2 * tolerance, most_rps)
+        estimate = runs.attainment().estimate()
+    at_least = rate is not None and rate >= most_rps
+    return Capacity(estimate, first, tuple(runs.trials.values()), runs.seeds, at_least)
 
 
-def interval(rates: Sequence[float]) -> Estimate:
-    """Geometric mean of positive values with Student's 95 % interval."""
-    logs = np.log(rates)
-    mean = float(logs.mean())
-    if len(logs) < 2:
-        return Estimate(math.exp(mean), math.nan, math.nan)
-    from scipy.stats import t
+def first_capacity(
+    evaluate: Evaluate,
+    attainment: float,
+    seed: int,
+    start_rps: float,
+    factor: float = 2.0,
+    most_rps: float = RATE_MAX_RPS,
+) -> float | None:
+    """Of one seed, within `FIRST_TOLERANCE`: what comparisons of it with itself need."""
+    runs = _Runs(evaluate, attainment, (seed,))
+    start = min(start_rps, most_rps)
+    return _bisect(runs.first_keeps, start, factor, lambda: FIRST_TOLERANCE, most_rps)
 
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5)
-    return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+class _Runs:
+    """Every run once."""
+
+    def __init__(self, evaluate: Evaluate, level: float, seeds: tuple[int, ...]) -> None:
+        self.evaluate, self.level, self.seeds = evaluate, level, seeds
+        self.trials: dict[tuple[float, int], Trial] = {}
+
+    def trial(self, rate: float, seed: int) -> Trial:
+        if (rate, seed) not in self.trials:
+            self.trials[rate, seed] = self.evaluate(rate, seed)
+        return self.trials[rate, seed]
+
+    def first_keeps(self, rate: float) -> bool:
+        return keeps(self.trial(rate, self.seeds[0]), self.level)
+
+    def keeps(self, rate: float) -> bool:
+        """Of all seeds together; those that cannot turn it do not run."""
+        ran: list[Trial] = []
+        found = None
+        for seed in self.seeds:
+            ran.append(self.trial(rate, seed))
+            found = verdict(ran, self.level, len(self.seeds))
+            if found is not None:
+                break
+        return bool(found)
+
+    def attainment(self) -> Attainment:
+        return Attainment(self.trials.values(), self.level, self.seeds)
+
+    def width(self) -> float:
+        """Of the interval, relative to the rate, as far as it is known."""
+        found = self.attainment().estimate()
+        return (found.high - found.low) / found.value
+
+    def widen(self, step: float, most_rps: float) -> None:
+        """Run further out until hardly any resample crosses beyond the last rate."""
+        for side in (0, 1):
+            factor = step
+            for _ in range(WIDEN_MAX):
+                table = self.attainment()
+                if table.beyond()[side] <= BEYOND:
+                    break
+                end = float(table.rates[-side])
+                rate = min(end * factor, most_rps) if side else end / factor
+                if rate == end:
+                    break
+                self.keeps(rate)
+                factor = min(factor * factor, 2.0)
 
 
-def ratio(changed: Capacity, base: Capacity) -> Estimate | None:
-    """Capacity of one over another, seed by seed; None where one of them has none."""
+def ratio(changed: Capacity, base: Capacity, attainment: float) -> Estimate | None:
+    """Capacity of one over another, on the same requests; None where one of them has none."""
     if changed.rate is None or base.rate is None:
         return None
-    common = [s for s in base.by_seed if s in changed.by_seed]
-    return interval([changed.by_seed[s] / base.by_seed[s] for s in common])
+    one, other = (Attainment(c.trials, attainment, base.seeds) for c in (changed, base))
+    return one.over(other)
 
 
 def _bisect(
-    good: Callable[[float], bool], guess: float, factor: float, tolerance: float
+    good: Callable[[float], bool],
+    guess: float,
+    factor: float,
+    tolerance: Callable[[], float],
+    most: float,
 ) -> float | None:
     """Highest good rate within the tolerance; None if even the lowest is not."""
     low = high = guess
     step = factor
     if good(guess):
         while True:
-            high = min(low * step, RATE_MAX_RPS)
+            high = min(low * step, most)
             if high <= low or not good(high):
                 break
             low, step = high, min(step * step, 4.0)
@@ -152,7 +201,7 @@ def _bisect(
             if good(low):
                 break
             high, step = low, min(step * step, 16.0)
-    while high / low > 1 + tolerance:
+    while high / low > 1 + tolerance():
         middle = math.sqrt(low * high)
         low, high = (middle, high) if good(middle) else (low, middle)
     return math.sqrt(low * high)

@@ -15,8 +15,8 @@ from ..core.workload import Slo
 from ..simulator.serving import serve_trace
 from ..simulator.serving_result import ServingResult
 from ..simulator.step_tables import StepTables
+from .attainment import BATCHES, Trial
 from .candidate import Candidate
-from .capacity import Trial
 from .traffic import Traffic
 from .warm_start import warm_snapshot
 
@@ -24,6 +24,9 @@ STABLE_SHARE = 0.95
 """A run whose requests leave more slowly than this share of how they came is overloaded."""
 ENDED_SHARE = 0.75
 """Of a run's requests that have ended when the last one comes; fewer show a burst, not a rate."""
+
+PER_REPLICA = 200
+"""Requests of a run of several replicas, at least, for each."""
 
 
 class RunLength(Record):
@@ -55,7 +58,9 @@ def evaluate(
     cost: StepTables | None = None,
 ) -> Trial:
     """Serve `traffic` at a rate and judge what came after the caches were warm."""
-    n_requests = max(length.n_requests(rate_rps), length.min_requests * n_replicas)
+    n_requests = max(
+        length.n_requests(rate_rps), min(length.min_requests, PER_REPLICA) * n_replicas
+    )
     table = traffic.table(n_requests, rate_rps, seed)
     fleet = candidate.fleet(model, slo, n_replicas)
     before = traffic.before(n_requests, seed) if candidate.policy != "prefix_cache" else None
@@ -67,14 +72,18 @@ def evaluate(
         snapshot=warm_snapshot(before, fleet) if before is not None else None,
     )
     judged = np.arange(len(result)) >= int(length.warm_share * len(result))
-    tpot = np.nan_to_num(result.tpot_ms)
-    good = (result.ttft_ms <= slo.ttft_ms) & (tpot <= slo.tpot_ms)
+    in_ttft = (result.ttft_ms <= slo.ttft_ms)[judged]
+    in_tpot = (np.nan_to_num(result.tpot_ms) <= slo.tpot_ms)[judged]
+    batches = np.array_split(in_ttft & in_tpot, BATCHES)
+    metrics = {"in_ttft": float(in_ttft.mean()), "in_tpot": float(in_tpot.mean())}
     return Trial(
         rate_rps=rate_rps,
         seed=seed,
-        good_share=float(good[judged].mean()),
+        good_share=float((in_ttft & in_tpot).mean()),
         stable=_leaves_as_it_comes(result),
-        metrics=_metrics(result, judged),
+        good=tuple(int(batch.sum()) for batch in batches),
+        judged=tuple(len(batch) for batch in batches),
+        metrics=metrics | _metrics(result, judged),
     )
 
 

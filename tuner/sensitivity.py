@@ -13,9 +13,10 @@ from ..core.catalogue import Catalogue
 from ..core.errors import CacheTuneError
 from ..core.machine_spec import DEFAULT_DRAM
 from ..core.units import GIB
+from .attainment import Attainment, Trial
 from .candidate import STORED_BITS, Candidate
-from .capacity import interval
-from .whatif import Question, task_of
+from .question import Question
+from .whatif import task_of
 
 KNOBS = (
     "gpu", "n_gpus", "link", "dram", "dram_gib", "disk", "network", "policy", "stored", "weights",
@@ -111,22 +112,25 @@ def tasks(
 
 
 def effects(
-    asked: Sequence[Change], rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]
+    asked: Sequence[Change],
+    rows: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any],
+    attainment: float,
 ) -> list[dict[str, Any]]:
-    """Capacity with each change over that without, seed by seed, with a 95 % interval."""
+    """Capacity with each change over that without, on the same requests, with a 95 % interval."""
     found = []
+    seeds = base["seeds"]
+    before = Attainment(map(Trial.of, base["trials"]), attainment, seeds)
     for change, row in zip(asked, rows, strict=True):
         effect: dict[str, Any] = {"what": change.text, "fingerprint": row["fingerprint"]}
         if row["why_not"]:
             effect |= {"ratio": None, "low": None, "high": None, "why_not": row["why_not"]}
         else:
-            mine, theirs = row["capacity_by_seed"], base["capacity_by_seed"]
-            estimate = interval([mine[s] / theirs[s] for s in theirs if s in mine])
-            one_seed = len(theirs) < 2
+            estimate = Attainment(map(Trial.of, row["trials"]), attainment, seeds).over(before)
             effect |= {
                 "ratio": estimate.value,
-                "low": None if one_seed else estimate.low,
-                "high": None if one_seed else estimate.high,
+                "low": estimate.low,
+                "high": estimate.high,
                 "capacity_rps": row["capacity_rps"],
                 "usd_per_mtok": row["usd_per_mtok"],
                 "ttft_ms_p99": row["at_capacity"]["ttft_ms_p99"],

@@ -92,6 +92,11 @@ class Traffic(Record):
         """Whether any request might as well have come before any other."""
         return self.text.startswith("rag:") and is_generator(self.text)
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether some requests come only after another one was answered."""
+        return bool((self._whole(1, 0).after >= 0).any())
+
     def _whole(self, n_requests: int, seed: int) -> RequestTable:
         whole = self if self.is_stationary else self.replace(shared=1.0)
         return _base(whole, round_up(2 * n_requests), seed)

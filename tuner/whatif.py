@@ -1,8 +1,8 @@
 """Capacity planning: what a question's candidates carry, need and cost.
 
     question = Question(model=..., slo=..., traffic=Traffic(text="rag:..."), target_rps=20)
-    rows = answer(question, candidates, workers=2)
-    best = rows.best()
+    rows = sweep(plan, [task_of(question, c) for c in candidates], workers=2)
+    first = best(rows, target=True)
 
 Each candidate is one task of a sweep (`tuner/sweep.py`), told and answered in JSON.
 """
@@ -15,47 +15,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pydantic import Field, model_validator
-
 from ..core.catalogue import GpuRow, load_catalogue
 from ..core.errors import CacheTuneError, ProfileError
 from ..core.memory_sum import check_fits
-from ..core.model_spec import ModelSpec
-from ..core.record import Record
-from ..core.workload import Slo
 from .candidate import Candidate, kernels_of
-from .capacity import Capacity, Trial, find_capacity, keeps
-from .evaluate import RunLength, evaluate
-from .kernel_bounds import bounded_cost
-from .traffic import Traffic
+from .capacity import Capacity, find_capacity, keeps
+from .fleet_size import fleet_row, per_mtok, tokens_per_s
+from .kernel_bounds import band_row
+from .question import Question, runner
 
-REPLICAS_MAX = 4096
-
-
-class Question(Record):
-    """What is asked, apart from the candidates."""
-
-    model: ModelSpec
-    slo: Slo
-    attainment: float = Field(default=0.99, gt=0, le=1)
-    traffic: Traffic
-    target_rps: float | None = Field(default=None, gt=0)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    length: RunLength = RunLength()
-    tolerance: float = Field(default=0.02, ge=1e-3, le=0.5)
-    kernel_band: bool = True
-    """Whether to search again with the kernels at either end of their interval."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Question:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be different, at least one, got {self.seeds}")
-        return self
+ROW_VERSION = 2
+"""Of what a row holds: a journal with rows of another is not taken."""
 
 
 def task_of(question: Question, candidate: Candidate) -> dict[str, Any]:
     """The task of a sweep: both, as JSON."""
     return {
+        "row_version": ROW_VERSION,
         "question": question.model_dump(mode="json"),
         "candidate": candidate.model_dump(mode="json"),
     }
@@ -74,8 +50,8 @@ def plan(task: Mapping[str, Any]) -> dict[str, Any]:
         found = _capacity(question, candidate)
         row |= _capacity_row(question, candidate, found)
         if found.rate is not None:
-            row |= _kernel_band(question, candidate, found) if question.kernel_band else {}
-            row |= _fleet_row(question, candidate, found)
+            row |= band_row(question, candidate, found)
+            row |= fleet_row(question, candidate, row)
     except CacheTuneError as e:
         row |= {"why_not": str(e)}
     return row
@@ -93,6 +69,8 @@ def _identity(question: Question, candidate: Candidate) -> dict[str, Any]:
         "policy": candidate.policy,
         "stored": candidate.stored if candidate.reuses else "none",
         "weights": candidate.engine.weights,
+        "router": candidate.router,
+        "eviction": candidate.eviction if candidate.reuses else "none",
         "traffic_shared": question.traffic.shared,
         "fingerprint": candidate.fingerprint(),
         "seeds": list(question.seeds),
@@ -131,18 +109,13 @@ def _check(question: Question, candidate: Candidate) -> None:
 
 
 def _capacity(question: Question, candidate: Candidate) -> Capacity:
-    def run(rate: float, seed: int) -> Trial:
-        return evaluate(
-            candidate,
-            question.model,
-            question.slo,
-            question.traffic,
-            question.length,
-            rate,
-            seed,
-        )
-
-    return find_capacity(run, question.attainment, question.seeds, tolerance=question.tolerance)
+    return find_capacity(
+        runner(question, candidate),
+        question.attainment,
+        question.seeds,
+        tolerance=question.tolerance,
+        most_rps=question.most_rps,
+    )
 
 
 def _capacity_row(question: Question, candidate: Candidate, found: Capacity) -> dict[str, Any]:
@@ -151,30 +124,31 @@ def _capacity_row(question: Question, candidate: Candidate, found: Capacity) -> 
         row["why_not"] = _closest(question, found)
         row["closest_good_share"] = found.closest().good_share
         return row
-    trial = found.at_capacity(question.attainment)
+    trial = found.at_capacity()
     most = question.length.max_requests
     cut = [t for t in found.trials if not t.stable and t.good_share >= question.attainment]
-    if any(t.metrics["n_requests"] >= most for t in cut):
+    if found.at_least or any(t.metrics["n_requests"] >= most for t in cut):
         row["note"] = (
             f"at least: runs of {most} requests cannot show a higher rate, --max-requests can"
         )
     row |= {
         "capacity_rps": found.rate.value,
-        "capacity_low_rps": _finite(found.rate.low),
-        "capacity_high_rps": _finite(found.rate.high),
-        "capacity_by_seed": {str(seed): rate for seed, rate in found.by_seed.items()},
+        "capacity_low_rps": found.rate.low,
+        "capacity_high_rps": found.rate.high,
+        "at_least": found.at_least,
+        "limit": _limit(question, found),
         "at_capacity": trial.metrics,
         **_price(candidate),
     }
-    tokens_per_s = _tokens_per_s(trial) * found.rate.value / trial.rate_rps
-    row["usd_per_mtok"] = _per_mtok(row["usd_per_h"], tokens_per_s)
+    per_s = tokens_per_s(trial) * found.rate.value / trial.rate_rps
+    row["usd_per_mtok"] = per_mtok(row["usd_per_h"], per_s)
     row["points"] = [
         {
             "rate_rps": t.rate_rps,
             "seed": t.seed,
             "good_share": t.good_share,
             "ttft_ms_p99": t.metrics["ttft_ms_p99"],
-            "usd_per_mtok": _per_mtok(row["usd_per_h"], _tokens_per_s(t)),
+            "usd_per_mtok": per_mtok(row["usd_per_h"], tokens_per_s(t)),
         }
         for t in found.trials
         if keeps(t, question.attainment)
@@ -193,80 +167,23 @@ def _closest(question: Question, found: Capacity) -> str:
     return (
         f"no rate keeps TTFT ≤ {slo.ttft_ms:g} ms and TPOT ≤ {slo.tpot_ms:g} ms for "
         f"{100 * question.attainment:g} % of requests; closest: {100 * trial.good_share:.1f} % at "
-        f"{trial.rate_rps:.3g} req/s, TTFT p99 {m['ttft_ms_p99']:.0f} ms, "
-        f"TPOT p99 {m['tpot_ms_p99']:.1f} ms"
+        f"{trial.rate_rps:.3g} req/s, TTFT p99 {m['ttft_ms_p99']:.0f} ms "
+        f"({100 * m['in_ttft']:.1f} % keep it), TPOT p99 {m['tpot_ms_p99']:.1f} ms "
+        f"({100 * m['in_tpot']:.1f} %)"
     )
 
 
-def _kernel_band(question: Question, candidate: Candidate, found: Capacity) -> dict[str, Any]:
-    """Capacity of the first seed with all kernels at either end of their 90 % interval."""
-    seed = question.seeds[0]
-    band = {}
-    for name, end in (("low", "high_s"), ("high", "low_s")):
-        cost = bounded_cost(candidate, question.model, end)
-
-        def run(rate: float, seed: int, cost: Any = cost) -> Trial:
-            return evaluate(
-                candidate,
-                question.model,
-                question.slo,
-                question.traffic,
-                question.length,
-                rate,
-                seed,
-                cost=cost,
-            )
-
-        start = found.by_seed[seed]
-        other = find_capacity(run, question.attainment, [seed], start_rps=start, tolerance=0.05)
-        rate = other.rate.value if other.rate else 0.0
-        band[f"kernels_{name}_rps"] = rate
-    return band
-
-
-def _fleet_row(question: Question, candidate: Candidate, found: Capacity) -> dict[str, Any]:
-    """Replicas for the target rate, counted by division and then simulated together."""
-    target = question.target_rps
+def _limit(question: Question, found: Capacity) -> str:
+    """What is in the way of more: `TTFT`, `TPOT`, or `throughput` where only the queue grows."""
     assert found.rate is not None
-    if target is None:
-        return {"replicas": None, "fleet_usd_per_h": None, "fleet": None}
-    n = max(1, math.ceil(target / found.rate.value * 0.98))
-    price = _price(candidate)["usd_per_h"]
-    for count in range(n, min(REPLICAS_MAX, n + 2 + n // 4) + 1):
-        trials = [_at_target(question, candidate, target, seed, count) for seed in question.seeds]
-        share = sum(t.good_share for t in trials) / len(trials)
-        if share >= question.attainment and all(t.stable for t in trials):
-            return {
-                "replicas": count,
-                "fleet_usd_per_h": None if price is None else price * count,
-                "fleet_usd_per_mtok": _per_mtok(
-                    None if price is None else price * count, _tokens_per_s(trials[0])
-                ),
-                "fleet_good_share": share,
-                "fleet": trials[0].metrics,
-            }
-    return {
-        "replicas": None,
-        "fleet_usd_per_h": None,
-        "fleet": trials[0].metrics,
-        "why_not": f"{count} replicas do not keep the level at {target:g} req/s "
-        f"({100 * share:.1f} % good)",
-    }
-
-
-def _at_target(
-    question: Question, candidate: Candidate, target: float, seed: int, n_replicas: int
-) -> Trial:
-    return evaluate(
-        candidate,
-        question.model,
-        question.slo,
-        question.traffic,
-        question.length,
-        target,
-        seed,
-        n_replicas=n_replicas,
-    )
+    beyond = [t for t in found.trials if not keeps(t, question.attainment)]
+    over = [t for t in beyond if t.rate_rps >= found.rate.value]
+    if not over:
+        return ""
+    first = min(over, key=lambda t: (t.rate_rps, t.seed))
+    if first.good_share >= question.attainment:
+        return "throughput"
+    return "TTFT" if first.metrics["in_ttft"] <= first.metrics["in_tpot"] else "TPOT"
 
 
 def _price(candidate: Candidate) -> dict[str, Any]:
@@ -276,32 +193,36 @@ def _price(candidate: Candidate) -> dict[str, Any]:
         return {"usd_per_h": None, "no_price": str(e)}
 
 
-def _tokens_per_s(trial: Trial) -> float:
-    m = trial.metrics
-    return float(m["prompt_tokens_per_s"] + m["output_tokens_per_s"])
+def best(
+    rows: Sequence[Mapping[str, Any]], target: bool, sure: bool = True
+) -> Mapping[str, Any] | None:
+    """The cheapest that does it; without prices, the fewest replicas or the highest capacity.
 
-
-def _per_mtok(usd_per_h: float | None, tokens_per_s: float) -> float | None:
-    """Dollars per million tokens, prompt and output together."""
-    return None if usd_per_h is None else usd_per_h / (tokens_per_s * 3600 / 1e6)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def best(rows: Sequence[Mapping[str, Any]], target: bool) -> Mapping[str, Any] | None:
-    """The cheapest that does it; without prices, the fewest replicas or the highest capacity."""
+    If `sure`, at the unfavourable end of its interval: what is cheap only if a wide interval turns
+    out well does not win.
+    """
     able = [r for r in rows if not r["why_not"]]
+    priced = [r for r in able if r["usd_per_h"] is not None]
     if not able:
         return None
-    priced = [r for r in able if r["usd_per_h"] is not None]
-    if target:
-        cost = "fleet_usd_per_h" if priced else "replicas"
-        return min(priced or able, key=lambda r: (r[cost], -r["capacity_rps"], r["name"]))
-    if priced:
-        return min(priced, key=lambda r: (r["usd_per_mtok"], r["name"]))
-    return max(able, key=lambda r: (r["capacity_rps"], r["name"]))
+    return min(priced or able, key=lambda r: (*_cost(r, target, sure), r["name"]))
+
+
+def _cost(row: Mapping[str, Any], target: bool, sure: bool) -> tuple[float, float]:
+    """Dollars (per hour for the target, or per million tokens; 1 without a price), then slowness.
+
+    What is not known to do it at the unfavourable end costs without limit there.
+    """
+    price = row["usd_per_h"]
+    rate = row["low_rps"] if sure else row["capacity_rps"]
+    if not target:
+        per_request = (1.0 if price is None else price) / rate if rate > 0 else math.inf
+        return per_request, -row["capacity_rps"]
+    count = row["replicas_high"] if sure else row["replicas"]
+    return (
+        math.inf if count is None else count * (1.0 if price is None else price),
+        -row["capacity_rps"],
+    )
 
 
 def pareto(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -17,15 +17,19 @@ from cachetune.core.workload import Slo
 from cachetune.simulator.gpu_sheet import gpu_sheet
 from cachetune.tuner.candidate import HOST_BYTES, Candidate, data_sheet_of, kernels_of, sheet_of
 from cachetune.tuner.evaluate import RunLength, evaluate
+from cachetune.tuner.fleet_size import fewest, fleet_row
 from cachetune.tuner.kernel_bounds import bounded_cost
+from cachetune.tuner.question import Question
 from cachetune.tuner.sensitivity import KNOBS, changes, default_changes
 from cachetune.tuner.trace_study import Space, StudyQuestion, front, trace_study
 from cachetune.tuner.traffic import Traffic, rate_of, traffic_of
 from cachetune.tuner.warm_start import latest_first, warm_snapshot
-from cachetune.tuner.whatif import Question, best, pareto, plan, task_of
+from cachetune.tuner.whatif import best, pareto, plan, task_of
 
 SLO = Slo(ttft_ms=400, tpot_ms=50)
 RAG = Traffic(text="rag:passages=300,tokens=512,chunks=8,output=16")
+LEASTS = [(1, 1, 4), (7, 40, 90), (40, 7, 90), (9, 9, 9)]
+ENDS = ("low_s", "high_s")
 SHORT = RunLength(horizon_s=10, min_requests=80, max_requests=80)
 
 
@@ -156,6 +160,10 @@ def test_the_ends_of_the_kernels_hold_their_middle(candidate: Candidate, model: 
         )
     )
     assert 0.5 * mid < low < mid < high < 2 * mid
+    borrowed = candidate.replace(machine=compose(load_catalogue(), "MI300X"))
+    ends = (bounded_cost(borrowed, model, e).step_s([(2048, 4096)], 16, 32000) for e in ENDS)
+    one, other = ends
+    assert other / one > 1.5 * high / low  # nobody measured it: the interval says so
 
 
 def test_every_knob_changes_what_it_says(catalogue: Catalogue, model: ModelSpec):
@@ -177,21 +185,38 @@ def test_every_knob_changes_what_it_says(catalogue: Catalogue, model: ModelSpec)
             changes(bad)[0].apply(question, base, catalogue)
 
 
-def test_the_front_is_what_none_beats_and_the_best_is_the_cheapest():
+def test_the_front_is_what_none_beats():
     points = [(3.0, 10.0), (1.0, 50.0), (2.0, 60.0), (2.0, 20.0), (4.0, 10.0)]
     rows = [
         {
             "name": str(i), "fingerprint": str(i), "why_not": "", "usd_per_h": 1.0,
-            "usd_per_mtok": cost, "capacity_rps": 1.0, "fleet_usd_per_h": 10 - cost, "replicas": 1,
             "points": [{"usd_per_mtok": cost, "ttft_ms_p99": ttft}],
         }
         for i, (cost, ttft) in enumerate(points)
     ]  # fmt: skip
     assert [p["name"] for p in pareto(rows)] == ["1", "3", "0"]
-    for target, name in ((False, "1"), (True, "4")):
-        cheapest = best(rows, target)
-        assert cheapest is not None and cheapest["name"] == name
-    assert best([{**rows[0], "why_not": "no"}], False) is None
+
+
+def test_the_best_is_the_cheapest_where_its_interval_is_unfavourable():
+    def row(name: str, usd: float | None, rate: tuple[float, float], n: tuple[int, int | None]):
+        low, middle = rate
+        return {
+            "name": name, "why_not": "", "usd_per_h": usd, "low_rps": low, "capacity_rps": middle,
+            "replicas": n[0], "replicas_high": n[1],
+        }  # fmt: skip
+
+    known, guessed = row("known", 2.7, (20, 22), (1, 2)), row("guessed", 2.0, (9, 26), (1, 3))
+    unsure = row("unsure", 0.1, (0, 30), (1, None))
+    rows = [known, guessed, unsure]
+    for target in (False, True):
+        assert best(rows, target) is known
+        assert best(rows[1:], target) is guessed and best(rows[:2], target, sure=False) is guessed
+        assert best([row("no price", None, (99, 99), (1, 1)), *rows], target) is known
+        assert best([{**r, "usd_per_h": None} for r in rows], target) == {
+            **known,
+            "usd_per_h": None,
+        }
+    assert best([{**known, "why_not": "no"}], False) is None
 
 
 def test_a_plan_is_the_same_each_time_and_says_why_not(candidate: Candidate, model: ModelSpec):
@@ -201,10 +226,48 @@ def test_a_plan_is_the_same_each_time_and_says_why_not(candidate: Candidate, mod
     )  # fmt: skip
     task = json.loads(json.dumps(task_of(question, candidate)))
     assert plan(task) == plan(task)
-    assert plan(task)["capacity_rps"] > 1
+    row = plan(task)
+    assert 1 < row["low_rps"] <= row["capacity_rps"] <= row["high_rps"]
+    assert row["limit"] in ("TTFT", "TPOT", "throughput")
     strict = question.replace(slo=Slo(ttft_ms=1, tpot_ms=1))
     row = plan(task_of(strict, candidate))
     assert "closest" in row["why_not"] and "capacity_rps" not in row
+    assert "(0.0 % keep it)" in row["why_not"]
+
+
+def test_runs_of_conversations_do_not_show_rates_that_they_cannot(
+    candidate: Candidate, model: ModelSpec
+):
+    chat = traffic_of("chat:output=2,message=10,system=50")
+    question = Question(
+        model=model, slo=SLO, traffic=chat, seeds=(0,), length=SHORT, kernel_band=False
+    )
+    assert question.most_rps == 8.0 and question.replace(traffic=RAG).most_rps > 1e4
+    row = plan(task_of(question, candidate))
+    assert row["capacity_rps"] == 8.0 and row["note"].startswith("at least")
+
+
+@pytest.mark.parametrize(
+    ("least", "guess", "most"), [(1, 1, 4), (7, 40, 90), (40, 7, 90), (9, 9, 9)]
+)
+def test_the_fewest_are_found_with_few_tries(least: int, guess: int, most: int):
+    tried: list[int] = []
+
+    def carries(count: int) -> bool:
+        tried.append(count)
+        return count >= least
+
+    assert fewest(carries, guess, most) == least
+    assert len(set(tried)) == len(tried) <= 12 and max(tried) <= most
+    assert fewest(lambda count: False, guess, most) is None
+
+
+def test_very_many_replicas_are_counted_and_not_simulated(candidate: Candidate, model: ModelSpec):
+    question = Question(model=model, slo=SLO, traffic=RAG, target_rps=1e5)
+    row = {"capacity_rps": 10.0, "low_rps": 8.0, "usd_per_h": 2.0, "usd_per_mtok": 0.1}
+    found = fleet_row(question, candidate, row)
+    assert (found["replicas"], found["replicas_high"]) == (10_000, 12_500)
+    assert found["fleet_usd_per_h"] == 20_000 and "by division" in found["note"]
 
 
 def test_a_study_is_the_same_whatever_the_number_of_workers(model: ModelSpec):
