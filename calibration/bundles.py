@@ -18,22 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import ProfileError, WorkloadError
+from ..core.catalogue import key_of, load_catalogue
+from ..core.errors import ModelError, ProfileError, WorkloadError
+from ..core.memory_sum import EngineMemory, memory_sum
+from ..core.model_presets import PRESETS, model_preset
+from ..core.model_spec import ModelSpec
 from ..core.record import parse_json
 from ..simulator.operator_tables import load_step_profile
 from ..simulator.step_loop import Arrival, EngineLimits
 from ..simulator.step_profile import StepProfile
 
 Floats = NDArray[np.float64]
-
-SHAPES = {
-    "meta-llama/Llama-3.1-8B": (32, 4096),
-    "meta-llama/Llama-3.1-70B": (80, 8192),
-    "Qwen/Qwen3-8B": (36, 4096),
-    "Qwen/Qwen3-14B": (40, 5120),
-    "Qwen/Qwen3-32B": (64, 5120),
-}
-"""Layers and hidden size by model name: the published configurations; bundles hold neither."""
 
 DEFAULT_BLOCK_SIZE = 16
 MAX_CAPTURE = 512
@@ -51,6 +46,8 @@ class Bundle:
     engine: str
     tp: int
     limits: EngineLimits
+    capture_sizes: tuple[int, ...]
+    """Token counts that small steps are padded to; empty: none."""
     arrivals: tuple[Arrival, ...]
     queued_s: Floats
     first_token_s: Floats
@@ -72,8 +69,8 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
     the file whose SHA-256 the bundle names, since vLLM serves them from its prefix cache.
 
     Raises:
-        WorkloadError: a file is missing or malformed (which line and field), or the run used
-            several engines, which one queue cannot stand for.
+        WorkloadError: a file is missing or malformed (which line and field).
+        ModelError: the run used several engines, which one queue cannot stand for.
     """
     folder = Path(folder)
     home = folder / "vllm" if (folder / "vllm").is_dir() else folder
@@ -81,7 +78,7 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
     meta = _object(home / "meta.json")
     kwargs = meta.get("engine_kwargs", {})
     if int(kwargs.get("data_parallel_size") or 1) > 1:
-        raise WorkloadError(
+        raise ModelError(
             "a bundle must be of one engine",
             values=f"{home}: data_parallel_size={kwargs['data_parallel_size']}",
             remedy="choose a bundle without data parallelism",
@@ -110,7 +107,8 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
         model=str(meta.get("model", kwargs.get("model", ""))),
         engine=f"vllm {meta.get('vllm_version', '?')}",
         tp=tp,
-        limits=_limits(home, kwargs, meta, assumed),
+        limits=_limits(root, kwargs, meta, assumed),
+        capture_sizes=_capture_sizes(kwargs, meta),
         arrivals=tuple(
             Arrival(float(t - start), int(r["input_toks"]), int(r["output_toks"]), content)
             for t, r, content in zip(arrival, rows, names, strict=True)
@@ -130,15 +128,10 @@ def profile_of(bundle: Bundle, profiles: str | Path) -> StepProfile:
     `profiles` is the tree `<gpu>/<model>/<variant>/tpN`, or one `tpN` folder itself.
 
     Raises:
-        ProfileError: no such folder, or a model whose number of layers is not known.
+        ModelError: a model whose number of layers is not known.
+        ProfileError: no such folder, or a table in it that cannot be used.
     """
-    if bundle.model not in SHAPES:
-        raise ProfileError(
-            "the model's shape must be known",
-            values=bundle.model,
-            remedy=f"known: {', '.join(SHAPES)}",
-        )
-    n_layers, hidden = SHAPES[bundle.model]
+    spec = model_of(bundle.model)
     root = Path(profiles)
     if (root / "attention.csv").exists():
         folder = root
@@ -152,14 +145,16 @@ def profile_of(bundle: Bundle, profiles: str | Path) -> StepProfile:
                 remedy="give the folder that holds the GPUs' folders, or the tpN folder",
             )
         folder = next((f.parent for f in found if f.parts[-3] == "bf16"), found[0].parent)
-    profile = load_step_profile(folder, n_layers)
+    profile = load_step_profile(folder, spec.n_layers)
     if not skew_enabled(folder):
         profile.skew = {}
-    profile.capture_sizes = capture_sizes(bundle.limits.max_num_seqs)
+    profile.capture_sizes = bundle.capture_sizes
     if bundle.tp > 1:  # a ring, after attention and after the MLP
         share = 2 * (bundle.tp - 1) / bundle.tp
         profile.all_reduce_fixed_us = 2 * bundle.link_latency_s * 1e6
-        profile.all_reduce_us_per_token = 2 * share * 2 * hidden / bundle.link_bytes_per_s * 1e6
+        profile.all_reduce_us_per_token = (
+            2 * share * 2 * spec.hidden_size / bundle.link_bytes_per_s * 1e6
+        )
     return profile
 
 
@@ -170,20 +165,47 @@ def capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return tuple(s for s in sizes if s <= top)
 
 
+def model_of(name: str) -> ModelSpec:
+    """The shape of a Hugging Face model: bundles hold none.
+
+    Raises:
+        ModelError: none of the known models begins its name.
+    """
+    last = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    known = [p for p in PRESETS if re.match(rf"{re.escape(p.lower())}(?![0-9a-z.])", last)]
+    return model_preset(known[0] if known else name)
+
+
+def _capture_sizes(kwargs: dict[str, Any], meta: dict[str, Any]) -> tuple[int, ...]:
+    """What the bundle says that the engine captured, or what vLLM does by default."""
+    if kwargs.get("enforce_eager"):
+        return ()
+    resolved = (meta.get("resolved_config") or {}).get("compilation_config") or {}
+    said = kwargs.get("cudagraph_capture_sizes") or resolved.get("cudagraph_capture_sizes")
+    if said:
+        return tuple(sorted(int(n) for n in said))
+    return capture_sizes(int(kwargs["max_num_seqs"]))
+
+
 def _limits(
-    home: Path, kwargs: dict[str, Any], meta: dict[str, Any], assumed: list[str]
+    root: Path, kwargs: dict[str, Any], meta: dict[str, Any], assumed: list[str]
 ) -> EngineLimits:
     for key in ("max_num_seqs", "max_num_batched_tokens"):
         if not isinstance(kwargs.get(key), int) or kwargs[key] <= 0:
             raise WorkloadError(
-                f"{home / 'meta.json'} engine_kwargs.{key} must be a positive integer",
+                f"{root} meta.json engine_kwargs.{key} must be a positive integer",
                 values=repr(kwargs.get(key)),
                 remedy="take the value the engine ran with",
             )
     cache_facts = meta.get("kv_cache") or {}
     blocks = cache_facts.get("num_gpu_blocks")
     if blocks is None:
-        assumed.append("KV memory never runs out")
+        blocks = _blocks(root, kwargs, meta)
+        assumed.append(
+            f"KV memory of {blocks} blocks: an itemised sum"
+            if blocks
+            else "KV memory never runs out"
+        )
     scheduler = (meta.get("resolved_config") or {}).get("scheduler_config") or {}
     return EngineLimits(
         max_num_seqs=kwargs["max_num_seqs"],
@@ -193,6 +215,27 @@ def _limits(
         prefix_caching=bool(cache_facts.get("enable_prefix_caching", True)),
         async_scheduling=bool(scheduler.get("async_scheduling", True)),
     )
+
+
+def _blocks(root: Path, kwargs: dict[str, Any], meta: dict[str, Any]) -> int | None:
+    """KV blocks by the sum over memory; None where the GPU or the model is not in the catalogue."""
+    gpus = {key_of(name): row for name, row in load_catalogue().gpus.items()}
+    gpu = gpus.get(key_of(root.parts[-2])) if len(root.parts) > 1 else None
+    try:
+        spec = model_of(str(meta.get("model", kwargs.get("model", ""))))
+    except ModelError:
+        return None
+    if gpu is None or kwargs.get("quantization"):
+        return None
+    engine = EngineMemory(
+        utilization=float(kwargs.get("gpu_memory_utilization") or 0.9),
+        max_num_batched_tokens=kwargs["max_num_batched_tokens"],
+        max_num_seqs=kwargs["max_num_seqs"],
+        kv="fp8" if str(kwargs.get("kv_cache_dtype", "")).startswith("fp8") else "bfloat16",
+        graphs=not kwargs.get("enforce_eager"),
+    )
+    found = memory_sum(spec, gpu, int(kwargs.get("tensor_parallel_size") or 1), engine)
+    return found.n_blocks if found.n_blocks > 0 else None
 
 
 def _requests(path: Path) -> list[dict[str, Any]]:

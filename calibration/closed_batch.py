@@ -4,7 +4,8 @@ Equal lengths keep users in step with each other, so that TTFT is neither that o
 nor that of random phases: prompts that come together are cut into the same steps again and again.
 Engines differ in one way that decides it: prompt pieces ride on steps that decode too (vLLM,
 TensorRT-LLM), or a step with prompts holds nothing else (SGLang's default), which keeps users in
-lockstep for good.
+lockstep for good. Who follows a request that ended misses the step that begins at that moment: his
+prompt has yet to come from the client, and engines plan a step while the one before runs.
 """
 
 from __future__ import annotations
@@ -83,15 +84,20 @@ class _Run:
         self.first_s: dict[int, float] = {}
         self.sent_s: list[float] = []
         self.waiting: deque[list[int]] = deque()  # [request, prompt tokens done]
+        self.coming: list[list[int]] = []  # the same, of those that the next step is without
         self.ttft_s: list[float] = []
         self.tpot_s: list[float] = []
         for _ in range(batch.n_users):
             self._send()
 
     def means(self) -> tuple[float, float]:
-        while self.waiting or self.made:
+        while self.waiting or self.coming or self.made:
+            if not self.made and not self.waiting:
+                self._arrive(self.coming)
             pieces, ended = self._cut()
-            self._step(pieces)
+            missed, self.coming = self.coming, []
+            self._step(pieces, alone=bool(missed))
+            self._arrive(missed)
             for request in ended:
                 self.ttft_s.append(self.now_s - self.sent_s[request])
                 self.first_s[request] = self.now_s
@@ -101,8 +107,12 @@ class _Run:
 
     def _send(self) -> None:
         if len(self.sent_s) < self.n_requests:
-            self.waiting.append([len(self.sent_s), 0])
+            self.coming.append([len(self.sent_s), 0])
             self.sent_s.append(self.now_s)
+
+    def _arrive(self, requests: list[list[int]]) -> None:
+        self.waiting.extend(requests)
+        requests.clear()
 
     def _cut(self) -> tuple[list[tuple[int, int]], list[int]]:
         """Prompt pieces of the next step, first come first served, and whose prompts they end."""
@@ -122,12 +132,12 @@ class _Run:
             ended.append(request)
         return pieces, ended
 
-    def _step(self, pieces: list[tuple[int, int]]) -> None:
-        """One step with prompts, or all decode steps until somebody ends."""
+    def _step(self, pieces: list[tuple[int, int]], alone: bool) -> None:
+        """One step with prompts, or all decode steps until somebody ends; one only if `alone`."""
         steps, n = self.batch._steps, len(self.made)
         context = sum(self.made.values()) + n * self.batch.n_prompt
         if not pieces:
-            count = max(1, self.batch.n_output - max(self.made.values()))
+            count = 1 if alone else max(1, self.batch.n_output - max(self.made.values()))
             self._decode(count, steps.decode_s(n, context + n * (count - 1) / 2))
         elif self.batch.mixed:
             self._decode(1, steps.prompts_s(pieces) + steps.attention_s(n, context))

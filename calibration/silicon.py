@@ -41,8 +41,10 @@ LENGTHS = (2, 3, 5, 8, 10, 15, 20, 30)
 PREFILL_ALONE = ("sglang",)
 """Engines whose steps hold prompts or decodes, not both, unless told otherwise."""
 
-TOKEN_BUDGET = 8192
-"""Tokens of one step: the default of the three engines on this GPU; the sample does not say."""
+BUDGET_TOKENS = 1500
+"""A step holds this, one prompt and a token for each user. The sample does not say; this is how the
+tool that it comes from sets engines up (ai-dynamo/aiconfigurator, generator/rule_plugin/benchmark:
+max_num_tokens)."""
 GPU_BYTES = 80e9
 KV_SHARE = 0.9
 """Share of the GPU's memory that engines use by default; what weights leave of it holds KV."""
@@ -221,7 +223,7 @@ def _batch(point: Point) -> ClosedBatch:
         n_output=point.n_output,
         n_users=point.concurrency,
         capacity=max(int(kv_bytes / (full * spec.kv_bytes_per_token)), 1),
-        token_budget=TOKEN_BUDGET,
+        token_budget=point.concurrency + point.n_prompt + BUDGET_TOKENS,
         mixed=point.engine not in PREFILL_ALONE,
     )
 

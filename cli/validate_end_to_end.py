@@ -23,7 +23,7 @@ def validate_bundles(data: Path, out: Path | None = None, profiles: Path | None 
     check_writable(out)
     bench = data / "bench" if (data / "bench").is_dir() else data
     workloads = data / "workloads"
-    rows = validate(
+    rows, left_out = validate(
         find_bundles(bench),
         profiles or data / "profiles",
         workloads if workloads.is_dir() else None,
@@ -32,8 +32,12 @@ def validate_bundles(data: Path, out: Path | None = None, profiles: Path | None 
         row["data"] = "real vLLM runs of casys-kaist/LLMServingSim (MIT)"
     for assumed in sorted({f"{r['bundle']}: {a}" for r in rows for a in r["assumed"]}):
         note(f"assumed: {assumed}")
+    for one in left_out:
+        note(f"not predicted: {one['bundle']}: {one['why']}")
     columns = ["bundle", "metric", "statistic", "measured_s", "predicted_s", "error", "bound"]
-    _report(rows, [*columns, "met", "overhead_ms", "fitted_on"], "end to end", "bundles", out)
+    _report(
+        rows, [*columns, "met", "overhead_ms", "fitted_on"], "end to end", "bundles", out, left_out
+    )
 
 
 def validate_silicon(data: Path, out: Path | None = None) -> None:
@@ -54,7 +58,12 @@ def validate_silicon(data: Path, out: Path | None = None) -> None:
 
 
 def _report(
-    rows: list[dict[str, Any]], columns: list[str], title: str, what: str, out: Path | None
+    rows: list[dict[str, Any]],
+    columns: list[str],
+    title: str,
+    what: str,
+    out: Path | None,
+    not_predicted: list[dict[str, str]] | None = None,
 ) -> None:
     from ..core.record import write_atomic
     from ..runtime.machine import provenance_here
@@ -70,6 +79,8 @@ def _report(
     if out is not None:
         provenance = provenance_here(0).model_dump(mode="json")
         data = {"provenance": provenance, **result, "rows": rows}
+        if not_predicted is not None:
+            data["not_predicted"] = not_predicted
         write_atomic(out, (json.dumps(data, indent=1) + "\n").encode())
         note(f"result: {out}")
     print_json_line(result)

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cachetune.calibration.bundles import capture_sizes, read_bundle
-from cachetune.calibration.end_to_end import compare, fit_overhead_s, measured, predicted
+from cachetune.calibration import end_to_end
+from cachetune.calibration.bundles import Bundle, capture_sizes, model_of, read_bundle
+from cachetune.calibration.closed_batch import ClosedBatch
+from cachetune.calibration.end_to_end import (
+    compare,
+    fit_overhead_s,
+    measured,
+    predicted,
+    validate,
+)
 from cachetune.calibration.silicon import Point, fit_length, predict
 from cachetune.calibration.silicon import fit_overhead_s as fit_step_s
-from cachetune.core.errors import WorkloadError
+from cachetune.core.errors import ModelError, ProfileError, WorkloadError
 from cachetune.simulator.step_profile import Curve, StepProfile
 
 
@@ -101,6 +109,62 @@ def test_capture_sizes_follow_the_engine() -> None:
     assert 12 not in capture_sizes(256)
 
 
+def set_meta(folder: Path, engine: dict[str, object] | None = None, **facts: object) -> Path:
+    meta = json.loads((folder / "meta.json").read_text())
+    meta |= {**facts, "engine_kwargs": meta["engine_kwargs"] | (engine or {})}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_what_the_engine_says_of_itself_is_taken(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "RTX4090" / "m", overhead_s=0.0)
+    assert read_bundle(folder).capture_sizes == capture_sizes(8)
+    assert "KV memory never runs out" in read_bundle(folder).assumed
+    resolved = {"compilation_config": {"cudagraph_capture_sizes": [8, 1, 4]}}
+    assert read_bundle(set_meta(folder, resolved_config=resolved)).capture_sizes == (1, 4, 8)
+    assert read_bundle(set_meta(folder, {"enforce_eager": True})).capture_sizes == ()
+    # Nobody says how many blocks there are: the sum over memory does, here as measured.
+    as_measured = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "enforce_eager": False}
+    found = read_bundle(set_meta(folder, as_measured, model="meta-llama/Llama-3.1-8B"))
+    assert found.limits.n_blocks == 2588 - 1
+    assert "KV memory of 2588 blocks: an itemised sum" in found.assumed
+
+
+def test_models_are_known_by_the_beginning_of_their_name() -> None:
+    assert model_of("meta-llama/Meta-Llama-3.1-8B-Instruct").n_layers == 32
+    assert model_of("Qwen/Qwen3-32B").n_layers == 64
+    for other in ("Qwen/Qwen3-30B-A3B", "x/Llama-3.1-8Bis"):
+        with pytest.raises(ModelError):
+            model_of(other)
+
+
+def test_bundles_that_cannot_be_predicted_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def profile(bundle: Bundle, _: str | Path) -> StepProfile:
+        if bundle.model == "unknown":
+            raise ProfileError("no profile")
+        return small_profile()
+
+    monkeypatch.setattr(end_to_end, "profile_of", profile)
+    fast = write_bundle(tmp_path / "g" / "fast", overhead_s=-0.0003)
+    slow = write_bundle(tmp_path / "g" / "slow", overhead_s=0.003)
+    bare = write_bundle(tmp_path / "g" / "bare", overhead_s=0.0)
+    lone = set_meta(write_bundle(tmp_path / "g" / "lone", 0.0), vllm_version="0.1")
+    many = set_meta(write_bundle(tmp_path / "g" / "many", 0.0), {"data_parallel_size": 2})
+    other = set_meta(write_bundle(tmp_path / "g" / "other", 0.0), model="unknown")
+    rows, left_out = validate([fast, slow, bare, lone, many, other], tmp_path)
+    assert {r["bundle"] for r in rows} == {"g/fast", "g/slow", "g/bare"}
+    assert [x["bundle"].rsplit("/")[-1] for x in left_out] == ["many", "other", "lone"]
+    assert "no other bundle of vllm 0.1" in left_out[-1]["why"]
+    overhead_ms = {r["bundle"]: r["overhead_ms"] for r in rows}
+    # The mean over the others, a run faster than its tables included; never below zero.
+    assert overhead_ms["g/bare"] == pytest.approx(1.35, abs=0.05)
+    assert overhead_ms["g/slow"] == 0.0
+    with pytest.raises(WorkloadError, match="no profile"):
+        validate([other], tmp_path)
+
+
 def test_closed_loop_grows_with_load() -> None:
     def point(c: int) -> Point:
         return Point("e", "Llama-3.1-8B", "bfloat16", 1, 1024, 256, c, 1.0, 1.0)
@@ -112,6 +176,23 @@ def test_closed_loop_grows_with_load() -> None:
     assert predict(point(8), 0.005)[1] > predict(point(8), 0.0)[1] + 0.004
     opening = predict(point(32), 0.0, 1)[0]
     assert opening > heavy[0], "users who all come at once wait for each other"
+
+
+def test_who_follows_misses_the_step_that_begins() -> None:
+    class Cost:
+        """A decode step takes 1 s, a prompt 10 s."""
+
+        def decode_s(self, n: int, context: float) -> float:
+            return 1.0
+
+        def step_s(self, pieces: list[tuple[int, int]], n: int, context: int) -> float:
+            return 0.1 * sum(q for q, _ in pieces)
+
+    batch = ClosedBatch(Cost(), 100, 5, 2, 9, 101, mixed=True)  # type: ignore[arg-type]
+    # Both come at once: first tokens after 10.1 and 20 s. The first ends at 23 s, who follows
+    # misses a decode step; the other ends with it, and his follower misses that prompt.
+    assert batch.run(2, 0.0)[0] == pytest.approx((10.1 + 20) / 2)
+    assert batch.run(4, 0.0)[0] == pytest.approx((10.1 + 20 + 11 + 20) / 4)
 
 
 def test_the_silicon_fit_finds_the_overhead_and_the_length_of_its_own_runs() -> None:
