@@ -21,6 +21,7 @@ from . import gather_host as gather_gpu
 from . import pack as pack_gpu
 from . import restore as restore_gpu
 from . import sparse_attention as sparse_gpu
+from .codes import FP8
 
 Inputs = dict[str, Any]
 SPARE_SLOTS = 16
@@ -120,10 +121,9 @@ def _make_restore(
     order = torch.randperm(slots, generator=torch.Generator().manual_seed(seed))
     shape = (n, kv_heads, head_dim)
     values = [_random(seed + i, device, dtype, *shape) for i in (1, 2)]
-    pack = _meta_pack if device == "meta" else packing.pack
     return {
-        "k": values[0] if k_bits == 16 else pack(values[0], k_bits, "channel"),
-        "v": values[1] if v_bits == 16 else pack(values[1], v_bits, "token"),
+        "k": _stored(values[0], k_bits, "channel"),
+        "v": _stored(values[1], v_bits, "token"),
         "positions": order[:n].to(device),
         "k_out": _random(seed + 3, device, dtype, kv_heads, slots, head_dim),
         "v_out": _random(seed + 4, device, dtype, kv_heads, slots, head_dim),
@@ -131,6 +131,16 @@ def _make_restore(
         "sin_table": tables[1].to(device),
         "interleaved": interleaved,
     }
+
+
+def _stored(x: Tensor, bits: int, per: packing.Per) -> Tensor | packing.Packed:
+    """As a store would keep it: values, fp8 with every magnitude it has, or packed."""
+    if bits == FP8:
+        spread = x.float() * torch.exp2(16 * x.float().frac() - 8)
+        return spread.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    if bits == 16:
+        return x
+    return (_meta_pack if x.device.type == "meta" else packing.pack)(x, bits, per)
 
 
 def _meta_pack(x: Tensor, bits: int, per: packing.Per) -> packing.Packed:
@@ -165,7 +175,9 @@ def _restore_work(
 
 
 def _stored_bytes(values: int, bits: int, size: int) -> int:
-    return values * size if bits == 16 else values * bits // 8 + values // 8
+    if bits in (16, FP8):
+        return values * (size if bits == 16 else 1)
+    return values * bits // 8 + values // 8
 
 
 def _make_pack(

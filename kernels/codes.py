@@ -10,6 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FP8 = 88
+"""In the place of a bit width: e4m3 floats, a byte each, without a scale."""
+
+
+@triton.jit
+def _values(data, mask, BITS: tl.constexpr):
+    """fp32 of values that are not packed; bytes of e4m3 are widened by arithmetic, which every
+    GPU has (hardware conversion begins with sm_89). NaN becomes 480."""
+    if BITS == 16:
+        return tl.load(data, mask=mask, other=0.0).to(tl.float32)
+    else:
+        byte = tl.load(data, mask=mask, other=0).to(tl.int32)
+        # e4m3's exponent and fraction, where fp32 has its own, are 2**-120 of the value.
+        size = ((byte & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        return tl.where(byte >= 0x80, -size, size)
+
 
 @triton.jit
 def _field(data, channel, mask, WIDTH: tl.constexpr, D: tl.constexpr):
@@ -43,8 +59,8 @@ def load_keys(
 
     ``row`` int64 ``[tokens, 1]`` counts (token, head) rows, ``group`` (token group, head) rows.
     """
-    if BITS == 16:
-        return tl.load(data + row * D + channel, mask=mask, other=0.0).to(tl.float32)
+    if BITS == 16 or BITS == 88:
+        return _values(data + row * D + channel, mask, BITS)
     else:
         code = load_codes(data + row * (D * BITS // 8), channel, mask, BITS, D)
         inside = channel < D
@@ -56,8 +72,8 @@ def load_keys(
 @triton.jit
 def load_values(data, scale, zero, row, channel, mask, BITS: tl.constexpr, D: tl.constexpr):
     """fp32 values ``[tokens, channels]``; one scale per token and 32 channels."""
-    if BITS == 16:
-        return tl.load(data + row * D + channel, mask=mask, other=0.0).to(tl.float32)
+    if BITS == 16 or BITS == 88:
+        return _values(data + row * D + channel, mask, BITS)
     else:
         groups: tl.constexpr = (D + 31) // 32
         code = load_codes(data + row * (D * BITS // 8), channel, mask, BITS, D)

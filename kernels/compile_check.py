@@ -97,7 +97,8 @@ def compile_launch(launch: Launch, arch: int) -> Report:
         zip(launch.kernel.arg_names, launch.kernel.params, strict=True)
     ):
         value = launch.values[name]
-        fixed = param.is_constexpr or (isinstance(value, int) and value == 1)
+        free = param.do_not_specialize
+        fixed = param.is_constexpr or (isinstance(value, int) and value == 1 and not free)
         if fixed:
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -106,7 +107,7 @@ def compile_launch(launch: Launch, arch: int) -> Report:
             wide = isinstance(value, int) and abs(value) >= 2**31
             signature[name] = "fp32" if isinstance(value, float) else "i64" if wide else "i32"
         aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if aligned and not fixed:
+        if aligned and not fixed and not free:
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
     start = time.perf_counter()

@@ -20,7 +20,7 @@ from .sparse_attention import LOG2E, TileConfig, _visit, merge_kernel
 MAX_SPLITS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_requests",))
 def decode_pooled_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, lse_ptr, base_ptr, n_keys_ptr,
     n_requests, n_heads, window, stride_h, stride_n, scale_log2,

@@ -9,6 +9,8 @@ the computation beside it. The copy engine takes none, but costs a submission pe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,15 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .stopwatch import seconds_of
+
 PROGRAMS = 12
 TILE_WORDS = 2048
 # Where the copy engine overtakes the kernel; a starting point, to be replaced by a measurement.
 COPY_FROM_BYTES = 28 * 1024
 COPY_BELOW_ROWS = 16
+CROSSOVER_BYTES = tuple(1 << n for n in range(13, 19))
+"""Row sizes at which the two are compared."""
 Path = Literal["auto", "kernel", "copy"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows",))
 def gather_host_kernel(
     source, rows, out, n_rows, WORDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
@@ -96,6 +102,35 @@ def gather_host(
         rows.numel(), WORDS=words, BLOCK_R=TILE_WORDS // block_w, BLOCK_W=block_w, num_warps=8,
     )  # fmt: skip
     return path
+
+
+def crossover(took: Mapping[int, tuple[float, float]]) -> int:
+    """The least row size from which on the copy engine is no slower, from seconds by row bytes of
+    (kernel, copy engine); twice the largest where the kernel always won."""
+    best = 2 * max(took)
+    for width in sorted(took, reverse=True):
+        kernel, copy = took[width]
+        if copy > kernel:
+            break
+        best = width
+    return best
+
+
+def measured_crossover(total_bytes: int = 16 << 20, repeats: int = 5) -> int:
+    """`crossover` on the current GPU: every other row of pinned memory, each way in turn."""
+    source = torch.zeros(2 * total_bytes, dtype=torch.uint8, pin_memory=True)
+    out = torch.empty(total_bytes, dtype=torch.uint8, device="cuda")
+    took = {}
+    for width in CROSSOVER_BYTES:
+        rows = 2 * torch.arange(total_bytes // width)
+        table, target = source.view(-1, width), out.view(-1, width)
+        ways: tuple[Path, Path] = ("kernel", "copy")
+        kernel, copy = (
+            seconds_of([partial(gather_host, table, rows, target, way)], "cuda", repeats).median
+            for way in ways
+        )
+        took[width] = (kernel, copy)
+    return crossover(took)
 
 
 def _copy_runs(source: Tensor, rows: list[int], out: Tensor) -> None:

@@ -63,7 +63,7 @@ def _run_codes(
         return _encode(x, scale, zero, BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_tokens",))
 def pack_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, n_tokens, n_heads,
     BITS: tl.constexpr, PER_CHANNEL: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,

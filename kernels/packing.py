@@ -147,7 +147,7 @@ def _to_bytes(codes: Tensor, bits: int) -> Tensor:
 
 def _from_bytes(data: Tensor, bits: int, d: int) -> Tensor:
     n, hk, _ = data.shape
-    codes = torch.zeros(n, hk, d, dtype=torch.uint8, device=data.device)
+    codes = data.new_zeros(n, hk, d)
     start, shift = 0, 0
     for width in planes(bits):
         run = d * width // 16

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from . import cases
+from .codes import FP8
 
 Inputs = dict[str, Any]
 
@@ -122,6 +123,7 @@ def _restore() -> list[KernelCase]:
     return [
         full(label="k4_v4", shapes=base),
         full(label="raw", shapes=base | {"k_bits": 16, "v_bits": 16}),
+        full(label="fp8", shapes=base | {"k_bits": FP8, "v_bits": FP8}),
         full(label="k8_v8", shapes=base | {"k_bits": 8, "v_bits": 8}),
         full(label="k2_v2", shapes=base | {"k_bits": 2, "v_bits": 2}),
         plain(label="k3_v3", shapes=base | {"k_bits": 3, "v_bits": 3}),
@@ -131,6 +133,7 @@ def _restore() -> list[KernelCase]:
         plain(label="k4_v4_d80", shapes=base | {"head_dim": 80}),
         tiny(label="k4_v2", dtype="float32", shapes=small),
         tiny(label="raw_d80", dtype="float16", shapes=small | _bits(16, 16, head_dim=80)),
+        tiny(label="fp8", dtype="float32", shapes=small | _bits(FP8, FP8, rotary_dim=32)),
         tiny(label="k8_v3_d96", dtype="float32", shapes=small | _bits(8, 3, head_dim=96)),
         tiny(label="k3_v8_partial", dtype="float32", shapes=small | _bits(3, 8, rotary_dim=32)),
         tiny(label="k2_v4_pairs", dtype="float32", shapes=small | _bits(2, 4, interleaved=True)),

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import load_keys, load_values
+from .codes import FP8, load_keys, load_values
 from .packing import GROUP, Packed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_tokens",))
 def restore_kernel(
     k_ptr, k_scale, k_zero, v_ptr, v_scale, v_zero, pos_ptr, cos_ptr, sin_ptr, k_out, v_out,
     n_tokens, n_heads, stride_h, stride_n,
@@ -26,7 +26,7 @@ def restore_kernel(
     ROTARY: tl.constexpr, PAIRS_PAD: tl.constexpr, PASS_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Program (K or V, block of 32 tokens, head). Bits 16 stand for unpacked values."""
+    """Program (K or V, block of 32 tokens, head). Bits 16 stand for unpacked values, 88 for fp8."""
     block = tl.program_id(1).to(tl.int64)
     head = tl.program_id(2).to(tl.int64)
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -68,7 +68,10 @@ def restore_kernel(
 
 def _parts(x: Tensor | Packed, per: str) -> tuple[Tensor, Tensor, Tensor, int, tuple[int, ...]]:
     if isinstance(x, Tensor):
-        return x.contiguous(), x, x, 16, tuple(x.shape)
+        x = x.contiguous()
+        if x.dtype == torch.float8_e4m3fn:
+            return x.view(torch.uint8), x.view(torch.uint8), x.view(torch.uint8), FP8, (*x.shape,)
+        return x, x, x, 16, tuple(x.shape)
     if x.per != per:
         raise ValueError(f"K is packed per channel and V per token; got {x.per} instead of {per}")
     return x.codes, x.scale, x.zero, x.bits, (x.codes.shape[0], x.codes.shape[1], x.head_dim)
@@ -87,7 +90,8 @@ def restore(
     """`reference.restore` and `reference.restore_quantised` on the GPU, in place.
 
     Args:
-        k, v: ``[n, HK, D]``, each unpacked or packed (bit widths may differ); K before RoPE.
+        k, v: ``[n, HK, D]``, each values (also ``float8_e4m3fn``) or packed (bit widths may
+            differ); K before RoPE.
         positions: int32 or int64 ``[n]``, each once, any order.
         k_out, v_out: ``[HK, n_slots, D]`` with equal strides.
         cos_table, sin_table: fp32 ``[> max position, R/2]``; ``R <= D`` channels rotate.

@@ -81,7 +81,7 @@ def _visit(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_q", "n_keys"))
 def sparse_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, pos_ptr, items_ptr, keep_ptr,
     n_q, n_heads, n_keys, window, stride_h, stride_n, scale_log2,
@@ -140,7 +140,7 @@ def sparse_attention_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows", "n_splits"))
 def merge_kernel(
     part_ptr, lse_ptr, out_ptr, n_rows, n_splits,
     D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr,

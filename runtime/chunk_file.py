@@ -2,7 +2,7 @@
 
     header   32 bytes fixed | JSON meta | order int32 [N] | zeros to 4 KiB
     blob     group 0 | group 1 | ... | zeros to 4 KiB                       (one per layer)
-    group    K [32, HK, D] | V [32, HK, D] | xxh3 of both
+    group    K [32, HK, D] | V [32, HK, D] | xxh3 of both     (or packed: packed_groups.py)
 
 Row i of a blob is token `order[i]` of the chunk; the last group is filled up with zeros. A
 checksum is seeded with the key, the layer and the group number, so a group that lies in the wrong
@@ -29,6 +29,7 @@ from ..core.errors import StoreError
 from ..core.layout import ALIGN_BYTES, GROUP_TOKENS, blob_bytes, group_bytes
 from ..core.model_spec import DTYPE_BYTES, ModelSpec
 from ..core.units import ceil_div, round_up
+from .packed_groups import PackedGroups, fill_groups
 
 CHUNK_SUFFIX = ".chunk"
 TEMP_SUFFIX = ".tmp"
@@ -233,15 +234,22 @@ class Geometry:
     dtype: torch.dtype
     item_bytes: int
     group_bytes: int
+    packed: PackedGroups | None = None
+    """How codes lie in a group; None where values lie there as they are."""
 
     @staticmethod
     def of(model: ModelSpec) -> Geometry:
         """The geometry of `model`."""
-        dtype = getattr(torch, model.dtype)
-        item = DTYPE_BYTES[model.dtype]
         return Geometry(
-            model.n_layers, model.n_kv_heads, model.head_dim, dtype, item, group_bytes(model)
-        )
+            model.n_layers, model.n_kv_heads, model.head_dim, getattr(torch, model.dtype),
+            DTYPE_BYTES[model.dtype], group_bytes(model),
+            PackedGroups.of(model) if model.stored != "native" else None,
+        )  # fmt: skip
+
+    @property
+    def element_dtype(self) -> torch.dtype:
+        """As what the bytes of a group are looked at."""
+        return self.dtype if self.packed is None else torch.uint8
 
     def read_bytes(self, n_rows: int) -> int:
         """`core.layout.read_bytes` for this model, without its look-ups."""
@@ -327,19 +335,17 @@ def pack_blobs(model: ModelSpec, key: str, k: Tensor, v: Tensor, order: Tensor) 
     n_tokens = order.numel()
     n_groups, blob = ceil_div(n_tokens, GROUP_TOKENS), blob_bytes(model, n_tokens)
     data = np.zeros(model.n_layers * blob, dtype=np.uint8)
-    elements = torch.from_numpy(data).view(shape.dtype)
-    n_full = n_tokens // GROUP_TOKENS
+    elements = torch.from_numpy(data).view(shape.element_dtype)
     view, seed = memoryview(data), chunk_seed(key)
     for layer in range(model.n_layers):
         at = layer * blob
-        groups = shape.groups(elements, at, n_groups)
-        for half, source in enumerate((k, v)):
-            rows = source[layer].index_select(0, order)
-            full = rows[: n_full * GROUP_TOKENS]
-            groups[:n_full, half] = full.view(n_full, GROUP_TOKENS, *rows.shape[1:])
-            if n_full < n_groups:
-                rest = rows[n_full * GROUP_TOKENS :]
-                groups[n_full, half, : rest.shape[0]] = rest
+        rows = [source[layer].index_select(0, order) for source in (k, v)]
+        if shape.packed is not None:
+            shape.packed.fill(elements, at, *rows)
+        else:
+            groups = shape.groups(elements, at, n_groups)
+            for half in range(2):
+                fill_groups(groups[:, half], rows[half])
         start = layer_seed(seed, layer)
         for group in range(n_groups):
             end = at + (group + 1) * shape.group_bytes - _CHECKSUM.size

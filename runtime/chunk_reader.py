@@ -29,7 +29,8 @@ from .tiers import (
     BufferPool,
     FileMedium,
     FileSource,
-    HostPages,
+    HostMemory,
+    InPlace,
     RamSource,
     Source,
     StoreTier,
@@ -62,14 +63,15 @@ class ChunkReader:
         files: FileMedium,
         catalog: Catalog,
         counters: Counters,
-        pages: HostPages | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
         self._shape = shape
         self._files = files
         self._catalog = catalog
         self.counters = counters
         self._count_lock = threading.Lock()
-        self._pool = BufferPool(pages)
+        self._memory = memory
+        self._pool = BufferPool(memory.staging if memory is not None else None)
 
     def read(
         self,
@@ -84,10 +86,15 @@ class ChunkReader:
         for count in n_rows:
             at_byte.append(total)
             total += self._shape.read_bytes(count)
-        staging = self._pool.lend(max(total, ALIGN_BYTES))
-        rows = LayerRows(self._shape, staging, layer_start, n_rows, at_byte)
-        rows.tier, rows.n_bytes = where.name, total
         with self._corrupt_if_gone(kept, where), self._source(kept, where) as source:
+            if isinstance(source, RamSource) and self._memory is not None:
+                # A device copies from here by itself; staging would be one copy more.
+                staging, source = source.blobs, InPlace()
+                at_byte = [(layer_start + i) * kept.blob_bytes for i in range(len(n_rows))]
+            else:
+                staging = self._pool.lend(max(total, ALIGN_BYTES))
+            rows = LayerRows(self._shape, staging, layer_start, n_rows, at_byte)
+            rows.tier, rows.n_bytes = where.name, total
             run = self._run(kept, source, where.limiter, staging, request_bytes)
             groups = [ceil_div(count, GROUP_TOKENS) for count in n_rows]
             if where.remote is not None:
@@ -223,15 +230,29 @@ class ChunkReader:
         if blobs is not None:
             return blobs
         read_header(kept.path)
-        blobs = self._fetch(kept, None)
+        blobs = self._fetch(kept, None, self._lasting_pages(kept.entry.n_bytes))
         self._catalog.ram[key] = blobs
         self.counters.ram_loads += 1
         return blobs
 
-    def _fetch(self, kept: Kept, where: StoreTier | None) -> np.ndarray:
+    def lasting(self, blobs: np.ndarray) -> np.ndarray:
+        """The same bytes where chunks in RAM lie."""
+        if self._memory is None:
+            return blobs
+        pages = self._lasting_pages(blobs.nbytes)
+        np.copyto(pages, blobs)
+        return pages
+
+    def _lasting_pages(self, n_bytes: int) -> np.ndarray:
+        pages = mmap.mmap(-1, n_bytes) if self._memory is None else self._memory.lasting(n_bytes)
+        return np.frombuffer(pages, dtype=np.uint8)
+
+    def _fetch(
+        self, kept: Kept, where: StoreTier | None, blobs: np.ndarray | None = None
+    ) -> np.ndarray:
         """All blobs, uint8 [chunk bytes], verified, from a remote tier or the file."""
-        # Whole pages of their own, as unbuffered reads need.
-        blobs = np.frombuffer(mmap.mmap(-1, kept.entry.n_bytes), dtype=np.uint8)
+        if blobs is None:  # whole pages of their own, as unbuffered reads need
+            blobs = np.frombuffer(mmap.mmap(-1, kept.entry.n_bytes), dtype=np.uint8)
         n_groups = ceil_div(kept.entry.n_tokens, GROUP_TOKENS)
         source: Source
         if where is not None and where.remote is not None:

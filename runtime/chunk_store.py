@@ -41,7 +41,7 @@ from .room import Room
 from .store_index import Row, StoreIndex, identity_of
 from .store_lock import Owners
 from .store_scan import REPAIRS, Scan
-from .tiers import FileMedium, HostPages, StoreTier, TierConfig, check_tiers
+from .tiers import FileMedium, HostMemory, StoreTier, TierConfig, check_tiers
 
 __all__ = ["ChunkCorrupt", "ChunkStore", "Counters", "LayerRows", "TierConfig"]
 
@@ -57,7 +57,7 @@ class ChunkStore:
         model_fingerprint: identity of the weights; part of every key.
         tiers: where chunks can be served from. A tier that has less capacity than it holds on
             disk evicts at once. Processes that share a folder name the same tiers.
-        pages: makes the staging buffers of reads.
+        memory: of the host, for a device that copies from it by itself.
 
     Raises:
         StoreError: the folder cannot be used, holds another model's chunks, or is open elsewhere
@@ -66,13 +66,13 @@ class ChunkStore:
 
     def __init__(
         self, root: Path, model: ModelSpec, model_fingerprint: str, tiers: Sequence[TierConfig],
-        pages: HostPages | None = None,
+        memory: HostMemory | None = None,
     ) -> None:  # fmt: skip
         self.root = Path(root)
         self.model = model
         self.counters = Counters()
         self._fingerprint = model_fingerprint
-        self._pages = pages
+        self._memory = memory
         self._folder = self.root / "chunks"
         check_tiers(tiers)
         try:
@@ -114,7 +114,7 @@ class ChunkStore:
             raise
         self.repairs["index_rebuilt"] = int(index.rebuilt)
         self._reader = ChunkReader(
-            Geometry.of(self.model), files, self._catalog, self.counters, self._pages
+            Geometry.of(self.model), files, self._catalog, self.counters, self._memory
         )
         if any(self.repairs.values()):
             log.warning("repaired the chunk store %s: %s", self.root, self.repairs)
@@ -152,7 +152,7 @@ class ChunkStore:
         order = check_chunk(self.model, k, v, order)
         n_tokens = order.numel()
         key = chunk_key(
-            content_id, model=self._fingerprint, order=order_name, dtype=self.model.dtype,
+            content_id, model=self._fingerprint, order=order_name, dtype=self.model.stored_dtype,
             tenant=tenant, chain=chain,
         )  # fmt: skip
         catalog = self._catalog
@@ -165,10 +165,11 @@ class ChunkStore:
                 meta = ChunkMeta(
                     key, content_id, n_tokens, self._fingerprint,
                     (self.model.n_layers, self.model.n_kv_heads, self.model.head_dim),
-                    self.model.dtype, kind, chain, order_name, _tenant_id(tenant), tier,
+                    self.model.stored_dtype, kind, chain, order_name, _tenant_id(tenant), tier,
                 )  # fmt: skip
                 header = encode_header(meta, order.numpy())
                 blobs = pack_blobs(self.model, key, k.detach().cpu(), v.detach().cpu(), order)
+                blobs = self._reader.lasting(blobs) if where.is_dram else blobs
                 self._write(where, key, header, blobs)
                 row = Row(
                     key, content_id, n_tokens, kind, chain, order_name, meta.tenant_id,

@@ -5,8 +5,12 @@ Nothing here makes the host wait but what counts itself in `host_waits`.
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +18,13 @@ import torch
 from torch import Tensor
 
 from ..core.layout import ALIGN_BYTES
-from .device import URGENT, Device, Graph, aligned
+from .device import COPY_OUT, URGENT, Device, Graph, Ranges, aligned, joined
+
+COPY_BELOW_ROWS = 16
+"""So few pieces go by the copy engine, whatever their size."""
 
 if TYPE_CHECKING:
+    from ..kernels.packing import Packed
     from ..kernels.sparse_attention import TilePlan
     from .attention import Rows
 
@@ -42,21 +50,21 @@ class CudaStream:
     """A CUDA stream."""
 
     def __init__(self, device: torch.device, priority: int) -> None:
-        self._stream = torch.cuda.Stream(device=device, priority=priority)
+        self.torch = torch.cuda.Stream(device=device, priority=priority)
 
     def run(self, work: Callable[[], None]) -> None:
         """See `Stream`: launched at once, carried out later."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.torch):
             work()
 
     def follow(self, mark: CudaMark) -> None:
         """See `Stream`."""
-        self._stream.wait_event(mark.event)
+        self.torch.wait_event(mark.event)
 
     def mark(self) -> CudaMark:
         """See `Stream`."""
-        with torch.cuda.device(self._stream.device):
-            return CudaMark(self._stream)
+        with torch.cuda.device(self.torch.device):
+            return CudaMark(self.torch)
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -71,10 +79,23 @@ class CudaDevice(Device):
     def __init__(self, index: int = 0) -> None:
         super().__init__(index)
         self.torch = torch.device("cuda", index)
+        self._streams: dict[str, CudaStream] = {}
+        self._registers = True
+        """Whether the driver pins pages that are not its own."""
+
+    def current(self) -> AbstractContextManager[None]:
+        """Within the block this is torch's current device, on which Triton launches."""
+        return torch.cuda.device(self.torch)
 
     def stream(self, name: str) -> CudaStream:
-        """See `Device`."""
-        return CudaStream(self.torch, -1 if name in URGENT else 0)
+        """The stream of that name, one for the life of the device.
+
+        torch keeps freed memory by stream: a new stream for each run would allocate anew on the
+        path of its first requests, and hold what the streams before it had used.
+        """
+        if name not in self._streams:
+            self._streams[name] = CudaStream(self.torch, -1 if name in URGENT else 0)
+        return self._streams[name]
 
     def host_pages(self, n_bytes: int) -> np.ndarray:
         """Pinned pages, aligned for unbuffered reads: uint8 `[n_bytes]`."""
@@ -90,9 +111,54 @@ class CudaDevice(Device):
         """See `Device`; through pinned memory that torch keeps until the copy is done."""
         return host.pin_memory().to(self.torch, non_blocking=True)
 
-    def upload_pages(self, pages: Tensor) -> Tensor:
-        """See `Device`."""
-        return pages.to(self.torch, non_blocking=True)
+    def lasting_pages(self, n_bytes: int) -> np.ndarray:
+        """See `Device`: pages that are pinned where they are; torch's own would be rounded up to
+        a power of two. The driver lets go of them before their mapping does."""
+        if not self._registers:
+            return self.host_pages(n_bytes)
+        runtime: Any = torch.cuda.cudart()
+        mapping = mmap.mmap(-1, n_bytes)
+        pages = np.frombuffer(mapping, dtype=np.uint8)
+        with self.current():
+            refused = int(runtime.cudaHostRegister(pages.ctypes.data, n_bytes, 0))
+        if refused:
+            self._registers = False
+            with suppress(RuntimeError):  # takes the driver's note of the refusal
+                torch.zeros(1, device=self.torch)
+            return self.host_pages(n_bytes)
+        done = weakref.finalize(pages, _unregister, runtime, pages.ctypes.data, mapping)
+        done.atexit = False
+        return pages
+
+    def upload_pages(self, pages: Tensor, ranges: Ranges) -> Tensor:
+        """See `Device`: small pieces by a kernel that reads them itself, others by the copy
+        engine, one copy for each run."""
+        runs = joined(ranges)
+        sizes = [size for _, size in runs]
+        out = self.empty((sum(sizes),), torch.uint8)
+        if len(runs) >= COPY_BELOW_ROWS and max(sizes) < self.copy_from_bytes:
+            self._gather(pages, runs, out)
+            return out
+        for (start, size), here in zip(runs, out.split(sizes), strict=True):
+            here.copy_(pages[start : start + size], non_blocking=True)
+        return out
+
+    @property
+    def copy_from_bytes(self) -> int:
+        """See `Device`; measured once per GPU and process."""
+        with self.current():
+            return _crossover(self.index)
+
+    def _gather(self, pages: Tensor, runs: Ranges, out: Tensor) -> None:
+        from ..kernels.gather_host import gather_host
+
+        row = ALIGN_BYTES
+        rows = [torch.arange(start // row, (start + size) // row) for start, size in runs]
+        whole = pages[: pages.numel() // row * row]
+        with self.current():
+            gather_host(
+                whole.view(-1, row), self.upload(torch.cat(rows)), out.view(-1, row), "kernel"
+            )
 
     def download(self, here: Tensor) -> Callable[[], Tensor]:
         """See `Device`."""
@@ -104,8 +170,10 @@ class CudaDevice(Device):
         """See `Device`."""
         self.host_waits[why] += 1
         host = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)
-        host.copy_(here, non_blocking=True)
-        CudaMark(torch.cuda.current_stream(self.torch)).wait()
+        out = self.stream(COPY_OUT)
+        out.follow(CudaMark(torch.cuda.current_stream(self.torch)))
+        out.run(lambda: host.copy_(here, non_blocking=True))
+        out.mark().wait()
         return host
 
     def move(self, other: Tensor) -> Tensor:
@@ -128,28 +196,33 @@ class CudaDevice(Device):
     def capture(self, work: Callable[[], None]) -> Graph:
         """See `Device`. What `work` allocates stays the graph's own."""
         self.host_waits["capture"] += 1
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on allocating and copying; only this one's calls are captured.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            work()
+        # torch captures on a stream of the current device, and keeps one for all devices by itself.
+        with self.current():
+            graph = torch.cuda.CUDAGraph()
+            side = self.stream("capture").torch
+            # Other threads go on allocating and copying; only this one's calls are captured.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                work()
         return graph
 
     # Kernels
 
     def restore(
-        self, k: Tensor, v: Tensor, positions: Tensor, k_out: Tensor, v_out: Tensor,
-        cos: Tensor, sin: Tensor,
+        self, k: Tensor | Packed, v: Tensor | Packed, positions: Tensor, k_out: Tensor,
+        v_out: Tensor, cos: Tensor, sin: Tensor,
     ) -> None:  # fmt: skip
         """See `kernels.restore.restore`."""
         from ..kernels.restore import restore
 
-        restore(k, v, positions, k_out, v_out, cos, sin)
+        with self.current():
+            restore(k, v, positions, k_out, v_out, cos, sin)
 
     def deviation(self, k_new: Tensor, k_old: Tensor) -> Tensor:
         """See `kernels.deviation.deviation`."""
         from ..kernels.deviation import deviation
 
-        return deviation(k_new, k_old)
+        with self.current():
+            return deviation(k_new, k_old)
 
     def sparse_attention(
         self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
@@ -160,7 +233,8 @@ class CudaDevice(Device):
         plan = rows.plans.get(window)
         if plan is None:
             plan = rows.plans[window] = self._plan(rows, q, k, window)
-        return sparse_attention(q, k, v, rows.positions, rows.n_keys, scale, window, plan=plan)
+        with self.current():
+            return sparse_attention(q, k, v, rows.positions, rows.n_keys, scale, window, plan=plan)
 
     def _plan(self, rows: Rows, q: Tensor, k: Tensor, window: int | None) -> TilePlan:
         from ..kernels.sparse_attention import plan_tiles
@@ -178,7 +252,21 @@ class CudaDevice(Device):
         """See `kernels.decode_pooled`."""
         from ..kernels.decode_pooled import decode_pooled
 
-        return decode_pooled(q, k, v, base, n_keys, scale, window)
+        with self.current():
+            return decode_pooled(q, k, v, base, n_keys, scale, window)
+
+
+@cache
+def _crossover(index: int) -> int:
+    """Of that GPU, which is the current one."""
+    from ..kernels.gather_host import measured_crossover
+
+    return measured_crossover()
+
+
+def _unregister(runtime: Any, address: int, mapping: mmap.mmap) -> None:
+    """The mapping is an argument so that it lives until the driver has let go of it."""
+    runtime.cudaHostUnregister(address)
 
 
 def is_pinned(pages: Any) -> bool:

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 
 from ..core.ops import NOTHING, Op, Outcome, Span
-from .device import Stream
+from .device import COPY_IN, Stream
 from .event_clock import EventClock
 from .executor import Item, Lane, SessionSource, WorkerExecutor
 from .handlers import Handlers, Made
 from .session import Session
 
-COPY_IN = "copy-in"
 IN_FLIGHT = 2
 """Loads of an I/O stream whose copies have not ended: one is read while the other is copied."""
 

@@ -20,12 +20,19 @@ from ..core.errors import CacheTuneError
 from ..core.layout import ALIGN_BYTES
 from ..kernels import reference
 from ..kernels.decode_reference import decode_pooled
+from ..kernels.packing import Packed
 
 if TYPE_CHECKING:
     from .attention import Rows
 
-URGENT = ("copy-in", "restore")
+COPY_IN = "copy-in"
+COPY_OUT = "copy-out"
+URGENT = (COPY_IN, "restore")
 """Streams whose short kernels must not queue behind those of compute."""
+
+
+Ranges = Sequence[tuple[int, int]]
+"""(first, count) of each."""
 
 
 class DeviceError(CacheTuneError):
@@ -79,6 +86,11 @@ class Device:
         """How often the host waited for the device, by reason."""
 
     @property
+    def copy_from_bytes(self) -> int:
+        """Pieces of host memory from this size on go by the copy engine; 0 for all of them."""
+        return 0
+
+    @property
     def name(self) -> str:
         """As torch names it."""
         return str(self.torch)
@@ -105,9 +117,16 @@ class Device:
         """The values of a host tensor, for work queued from now on."""
         return host
 
-    def upload_pages(self, pages: Tensor) -> Tensor:
-        """Like `upload`, for a tensor over `host_pages` that the caller keeps until it is done."""
-        return pages
+    def lasting_pages(self, n_bytes: int) -> Any:
+        """The same, exactly as large: much of it stays for long."""
+        return self.host_pages(n_bytes)
+
+    def upload_pages(self, pages: Tensor, ranges: Ranges) -> Tensor:
+        """Ranges of uint8 pages (first byte, bytes), joined, for work queued from now on.
+
+        The caller keeps the pages as they are until that is done.
+        """
+        return torch.cat([pages[start : start + size] for start, size in joined(ranges)])
 
     def download(self, here: Tensor) -> Callable[[], Tensor]:
         """What gives a host copy once the running op has ended."""
@@ -138,11 +157,16 @@ class Device:
     # Kernels
 
     def restore(
-        self, k: Tensor, v: Tensor, positions: Tensor, k_out: Tensor, v_out: Tensor,
-        cos: Tensor, sin: Tensor,
+        self, k: Tensor | Packed, v: Tensor | Packed, positions: Tensor, k_out: Tensor,
+        v_out: Tensor, cos: Tensor, sin: Tensor,
     ) -> None:  # fmt: skip
-        """See `kernels.reference.restore`."""
-        reference.restore(k, v, positions, k_out, v_out, cos_table=cos, sin_table=sin)
+        """See `kernels.reference.restore` and, for both packed, `restore_quantised`."""
+        tables = {"cos_table": cos, "sin_table": sin}
+        if isinstance(k, Packed) and isinstance(v, Packed):
+            reference.restore_quantised(k, v, positions, k_out, v_out, **tables)
+        else:
+            assert isinstance(k, Tensor) and isinstance(v, Tensor)
+            reference.restore(k, v, positions, k_out, v_out, **tables)
 
     def deviation(self, k_new: Tensor, k_old: Tensor) -> Tensor:
         """See `kernels.reference.deviation`."""
@@ -215,6 +239,17 @@ def stage_devices(first: Device, n_stages: int) -> list[Device]:
     if first.kind == "cpu":
         return [first, *(Device(i) for i in range(1, n_stages))]
     return [first, *(open_device(f"cuda:{first.index + i}") for i in range(1, n_stages))]
+
+
+def joined(ranges: Ranges) -> list[tuple[int, int]]:
+    """The same, neighbours as one."""
+    found: list[tuple[int, int]] = []
+    for start, size in ranges:
+        if found and sum(found[-1]) == start:
+            found[-1] = (found[-1][0], found[-1][1] + size)
+        elif size:
+            found.append((start, size))
+    return found
 
 
 def aligned(pages: Tensor) -> bool:

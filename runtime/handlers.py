@@ -117,16 +117,17 @@ class Handlers:
             staged = [take((ordinal, layer)) for ordinal in op.chunks]
             for rows in staged:
                 self.device.used_here(rows.elements)
+            out = (session.buffer.k[layer], session.buffer.v[layer], cos, sin)
+            if staged[0].is_packed:
+                # Groups of different chunks cannot be joined: the last of each is ragged.
+                parts = positions.split(counts)
+                for rows, at in zip(staged, parts, strict=True):
+                    self.device.restore(*rows.packed(layer), at, *out)
+                continue
             # One call for all chunks: short calls would hold up the compute stream's Python.
-            self.device.restore(
-                torch.cat([rows.k(layer) for rows in staged]),
-                torch.cat([rows.v(layer) for rows in staged]),
-                positions,
-                session.buffer.k[layer],
-                session.buffer.v[layer],
-                cos,
-                sin,
-            )
+            k = torch.cat([rows.k(layer) for rows in staged])
+            v = torch.cat([rows.v(layer) for rows in staged])
+            self.device.restore(k, v, positions, *out)
         return NOTHING
 
     def prefill(self, session: Session, op: Op) -> Outcome:

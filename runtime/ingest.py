@@ -120,7 +120,7 @@ class Ingestor:
             content_id,
             model=loaded.fingerprint,
             order=selector,
-            dtype=loaded.spec.dtype,
+            dtype=loaded.spec.stored_dtype,
             tenant=tenant,
         )
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from ..core.errors import StoreError
 from ..core.layout import GROUP_TOKENS
 from ..core.units import ceil_div
+from ..kernels.packing import Packed, unpack
 from .chunk_file import Geometry
 from .device import Device
 
@@ -34,7 +37,7 @@ class LayerRows:
     ) -> None:
         self._shape = shape
         pages = staging if isinstance(staging, Tensor) else torch.from_numpy(staging)
-        self.elements = pages.view(shape.dtype)
+        self.elements = pages.view(shape.element_dtype)
         self._at_byte = at_byte
         self.layer_start = layer_start
         self.n_rows = n_rows
@@ -43,13 +46,25 @@ class LayerRows:
         self.tier = ""
 
     def on(self, device: Device) -> LayerRows:
-        """The same rows on a device; these must not change before the copy is done."""
-        used = self.elements.view(torch.uint8)[: max(1, self.n_bytes)]
-        moved = LayerRows(
-            self._shape, device.upload_pages(used), self.layer_start, self.n_rows, self._at_byte
-        )
+        """The same rows on a device, without gaps; these must not change before that is done."""
+        sizes = [self._shape.read_bytes(n) for n in self.n_rows]
+        ranges = list(zip(self._at_byte, sizes, strict=True))
+        pages = device.upload_pages(self.elements.view(torch.uint8), ranges)
+        at_byte = [0, *accumulate(sizes)][:-1]
+        moved = LayerRows(self._shape, pages, self.layer_start, self.n_rows, at_byte)
         moved.n_bytes, moved.n_requests, moved.tier = self.n_bytes, self.n_requests, self.tier
         return moved
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether codes were read, not values."""
+        return self._shape.packed is not None
+
+    def packed(self, layer: int) -> tuple[Packed, Packed]:
+        """K before RoPE and V of the rows read of `layer`, as they are stored."""
+        assert self._shape.packed is not None
+        i = self._position(layer)
+        return self._shape.packed.read(self.elements, self._at_byte[i], self.n_rows[i])
 
     def groups(self, layer: int) -> Tensor:
         """View [G, 2, 32, HK, D] of the groups read of `layer`, K then V, nothing copied.
@@ -70,6 +85,8 @@ class LayerRows:
         return self._half(layer, 1)
 
     def _half(self, layer: int, half: int) -> Tensor:
+        if self.is_packed:
+            return unpack(self.packed(layer)[half], self._shape.dtype)
         # One group is a view; several lie apart (V and checksum between), so they are joined.
         n_rows = self.n_rows[self._position(layer)]
         return self.groups(layer)[:, half].flatten(0, 1)[:n_rows]

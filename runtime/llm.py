@@ -14,6 +14,7 @@ from torch import nn
 from ..core.chunk_index import content_id_of
 from ..core.errors import CacheTuneError, WorkloadError
 from ..core.metrics import per_request
+from ..core.model_spec import Stored
 from ..core.plan import ReusePlan, TunedPlan
 from ..core.policies import order_of
 from ..core.workload import Content, Request, Workload
@@ -69,6 +70,7 @@ class LLM:
         write_back_bytes: size of the queue of chunks that are written after `generate` returns;
             what does not fit is dropped. None writes them before.
         device: cpu, cuda or cuda:<i>.
+        stored: what is kept of K and V: `native`, or codes of 8, 4, 3 or 2 bits (lossy).
 
     Raises:
         ModelError: family or RoPE kind not supported, or the RoPE gate fails.
@@ -90,9 +92,12 @@ class LLM:
         compute_threads: int = 1,
         write_back_bytes: int | None = None,
         device: str = "cpu",
+        stored: Stored = "native",
     ) -> None:
         open_device(device)  # before a model is loaded for it
         loaded = model if isinstance(model, LoadedModel) else load_model(model, dtype)
+        if stored != "native":
+            loaded = loaded.stored_as(stored)
         self.plan = self._plan(plan, loaded, compute_threads, allow_mismatch, device)
         self._temp = tempfile.TemporaryDirectory() if store_dir is None else None
         folder = self._temp.name if self._temp is not None else store_dir

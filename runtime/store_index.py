@@ -299,5 +299,5 @@ def wrong_model(folder: Path, values: str) -> StoreError:
 
 def identity_of(model: ModelSpec, fingerprint: str) -> dict[str, str]:
     """What must stay the same over the life of a store folder."""
-    shape = f"{model.n_layers}x{model.n_kv_heads}x{model.head_dim} {model.dtype}"
+    shape = f"{model.n_layers}x{model.n_kv_heads}x{model.head_dim} {model.stored_dtype}"
     return {"format": str(FORMAT_VERSION), "model": fingerprint, "shape": shape}

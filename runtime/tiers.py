@@ -35,6 +35,16 @@ HostPages = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
+class HostMemory:
+    """Host memory that a device can be filled from."""
+
+    staging: HostPages
+    """Of reads."""
+    lasting: HostPages
+    """Of chunks in RAM: what lies there need not be staged."""
+
+
+@dataclass(frozen=True)
 class TierConfig:
     """One place to read chunks from.
 
@@ -222,16 +232,30 @@ class RamSource:
     """A chunk that lies in RAM: uint8 [chunk bytes]."""
 
     def __init__(self, blobs: np.ndarray) -> None:
-        self._blobs = blobs
+        self.blobs = blobs
 
     def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Nothing is asked ahead."""
 
     def read_into(self, out: memoryview, at_byte: int) -> int:
         """Copy; the interpreter lock is free meanwhile."""
-        part = self._blobs[at_byte : at_byte + len(out)]
+        part = self.blobs[at_byte : at_byte + len(out)]
         np.copyto(np.frombuffer(out, dtype=np.uint8)[: part.size], part)
         return int(part.size)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class InPlace:
+    """Bytes that lie where they are read from already: only to be verified."""
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Nothing is asked ahead."""
+
+    def read_into(self, out: memoryview, at_byte: int) -> int:
+        """All of them are there."""
+        return len(out)
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -60,6 +60,8 @@ class Transformer:
         self._layers = self.parts.layers
         self._scatter = Scatter()
         self._rope = (torch.empty(0, 1), torch.empty(0, 1))
+        self._outgrown: list[tuple[Tensor, Tensor]] = []
+        """Shorter tables, which another stream may still read; together no longer than the last."""
         self._rope_of: Tensor | None = None
         """Positions whose cos and sin `_rope_here` holds, `[1, n, D]` each."""
         self._rope_here = self._rope
@@ -76,8 +78,10 @@ class Transformer:
             like = self.device.empty((1,), torch.float32)
             cos, sin = self.parts.rotary(like, self.device.upload(torch.arange(n))[None])
             half = cos.shape[-1] // 2
-            self._rope = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+            grown = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
             self.device.synchronise("rope table")  # whichever stream reads it
+            self._outgrown.append(self._rope)
+            self._rope = grown
         return self._rope
 
     def embed(self, token_ids: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from cachetune.kernels.packing import Packed
 from cachetune.runtime.device import Device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,6 +165,8 @@ def there(x: Tensor) -> Tensor:
 
 
 def plain(x: Any) -> Any:
+    if isinstance(x, Packed):
+        return replace(x, codes=plain(x.codes), scale=plain(x.scale), zero=plain(x.zero))
     return x.as_subclass(Tensor) if isinstance(x, OnDevice) else x
 
 
@@ -177,6 +181,7 @@ class FakeCuda(Device):
         self.streams: list[str] = []
         self.graphs: list[FakeGraph] = []
         self.n_kernels: Counter[str] = Counter()
+        self.uploaded_bytes = 0
 
     @property
     def name(self) -> str:
@@ -193,8 +198,9 @@ class FakeCuda(Device):
         assert not isinstance(host, OnDevice), "it is on the device"
         return there(host.clone())
 
-    def upload_pages(self, pages: Tensor) -> Tensor:
-        return there(pages.clone())
+    def upload_pages(self, pages: Tensor, ranges: Any) -> Tensor:
+        self.uploaded_bytes += sum(size for _, size in ranges)
+        return there(super().upload_pages(pages, ranges))
 
     def download(self, here: Tensor) -> Callable[[], Tensor]:
         assert isinstance(here, OnDevice), "it is on the host"
@@ -250,6 +256,9 @@ class FakeCuda(Device):
         """The reference in the place of a kernel: on what lies there, reading nothing."""
         self.n_kernels[name] += 1
         for x in args:
-            assert not isinstance(x, Tensor) or isinstance(x, OnDevice), f"{name} of host tensors"
+            part = x.codes if isinstance(x, Packed) else x
+            assert not isinstance(part, Tensor) or isinstance(part, OnDevice), (
+                f"{name} of host tensors"
+            )
         out = getattr(super(), name)(*map(plain, args))
         return there(out) if isinstance(out, Tensor) else out

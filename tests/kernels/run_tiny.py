@@ -1,13 +1,17 @@
 """Runs the registry's tiny cases in Triton's interpreter; `test_interpreter.py` starts it.
 
 A process of its own, because TRITON_INTERPRET must be set before triton is imported. Prints one
-line per case: ``name<TAB>ok`` or ``name<TAB>reason``.
+line per case: ``name<TAB>ok`` or ``name<TAB>reason``; and for mistakes that a case must tell
+``name<TAB>caught`` or ``name<TAB>not caught``.
 """
 
 import os
 import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from cachetune.kernels.registry import KernelCase, all_cases
@@ -32,9 +36,35 @@ def _differs(got: Tensor, want: Tensor, tolerance: tuple[float, float]) -> str:
     return f"off by {float((got.float() - want.float()).abs().max()):.3g}"
 
 
+def mutant(case: KernelCase, change: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
+    """What is said of the kernel when it is asked for something else than the reference is."""
+    inputs = case.make_inputs(1, "cpu")
+    got, want = case.launch(inputs | change(inputs)), case.reference(inputs)
+    return "caught" if any(map(_differs, got, want, [case.tolerance])) else "not caught"
+
+
+def _at(positions: Tensor) -> dict[str, Any]:
+    return {"positions": positions, "plan": None}
+
+
+MUTANTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "bottom-right mask": (
+        "d64_g3_tiny",
+        lambda x: _at(torch.arange(x["n_keys"] - len(x["positions"]), x["n_keys"])),
+    ),
+    "a key of the future": ("d64_g3_tiny", lambda x: _at(x["positions"] + 1)),
+    "no window": ("d80_window_tiny", lambda x: {"window": None, "plan": None}),
+    "holes seen": ("d96_holes_tiny", lambda x: {"keep": None}),
+}
+"""Mistakes of real kernels, and the case that must tell."""
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     wanted = tuple(sys.argv[1:]) or ("",)
+    by_name = {case.name: case for case in all_cases()}
+    for name, (label, change) in MUTANTS.items():
+        print(f"{name}\t{mutant(by_name[f'sparse_attention/{label}'], change)}", flush=True)
     for each in all_cases():
         if each.tiny and each.name.startswith(wanted):
             print(f"{each.name}\t{verdict(each)}", flush=True)

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed; the gather belongs to its kernel")
 
 import torch
-from cachetune.kernels.gather_host import gather_host
+from cachetune.kernels.gather_host import crossover, gather_host
 
 
 @pytest.mark.parametrize("rows", [[3], [0, 1, 2, 3], [5, 4, 4, 7, 8, 0], []])
@@ -22,3 +22,10 @@ def test_refusals() -> None:
         gather_host(source, torch.tensor([4]), out)
     with pytest.raises(ValueError, match="multiple of 8"):
         gather_host(source[:, :12].contiguous(), torch.tensor([1]), out[:, :12].contiguous())
+
+
+def test_the_crossover_is_where_copying_stays_no_slower() -> None:
+    took = {8: (1.0, 3.0), 16: (1.0, 0.9), 32: (1.0, 1.5), 64: (1.0, 0.8), 128: (1.0, 1.0)}
+    assert crossover(took) == 64
+    assert crossover({8: (1.0, 2.0), 16: (1.0, 1.1)}) == 32
+    assert crossover({8: (1.0, 0.5), 16: (1.0, 0.5)}) == 8

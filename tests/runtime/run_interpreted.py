@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import tempfile
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Interpreted(FakeCuda):
     """Streams of the fake; launches, plans and checks of the real device."""
 
     _plan = CudaDevice._plan
+    current = staticmethod(nullcontext)
 
     def restore(self, *args: Any) -> None:
         self._launch(CudaDevice.restore, *args)

@@ -16,7 +16,7 @@ from cachetune.core.plan import ReusePlan
 from cachetune.core.workload import Workload
 from cachetune.runtime.attention import Rows
 from cachetune.runtime.cuda_graphs import BUCKETS
-from cachetune.runtime.device import Device, DeviceError, open_device
+from cachetune.runtime.device import Device, DeviceError, joined, open_device
 from cachetune.runtime.kv_slab import SCRATCH_SLOTS, SlabPool
 from cachetune.runtime.runner import Runner, RunResult
 from fake_cuda import FakeCuda, FakeStream, there
@@ -154,6 +154,53 @@ def test_pinned_pages_serve_the_reads(gpu: Runner, monkeypatch: pytest.MonkeyPat
     assert made and all(n % 4096 == 0 for n in made)
 
 
+def test_chunks_in_ram_are_copied_from_where_they_lie(gpu: Runner) -> None:
+    """No staging, and no byte more than the rows that are loaded."""
+    workload, plan = prompt_workload(PROMPTS, 2), plan_with("cachetune", 0.3)
+    result = served(gpu, workload, plan, "dram")
+    pool = gpu.store._reader._pool
+    assert not pool._free and not pool._lent
+    loads = sum(s.op.n_bytes for s in result.timeline.spans if s.op.kind == "load")
+    assert gpu.device.uploaded_bytes == loads > 0  # type: ignore[attr-defined]
+    served(gpu, workload, plan, "file")
+    assert pool._free
+
+
+def test_bits_that_flip_in_ram_are_found_before_they_are_copied(gpu: Runner) -> None:
+    workload, plan = prompt_workload([PROMPTS[0]], 4), plan_with("cachetune", 0.3)
+    want = served(gpu, workload, plan, "dram").token_ids
+    index = gpu.index(plan, "dram")
+    key = next(iter(gpu.store._catalog.ram))
+    gpu.store._catalog.ram[key][3000] ^= 8
+    result = gpu.serve(workload, plan, index)
+    assert result.n_read_failures >= 1 and result.n_fallbacks == 1
+    assert len(result.token_ids[0]) == len(want[0])
+
+
+def test_a_chunk_evicted_during_its_copy_still_arrives(
+    gpu: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload, plan = prompt_workload([PROMPTS[0]], 4), plan_with("cachetune", 0.3)
+    want = served(gpu, workload, plan, "dram").token_ids
+    index, usual = gpu.index(plan, "dram"), gpu.store.read
+
+    def read(key: str, start: int, stop: int, *args: Any) -> Any:
+        rows = usual(key, start, stop, *args)
+        if stop == gpu.spec.n_layers:
+            gpu.store.discard(key)
+        return rows
+
+    monkeypatch.setattr(gpu.store, "read", read)
+    monkeypatch.setitem(FakeStream.SLOW_S, "copy-in", 0.01)
+    result = gpu.serve(workload, plan, index)
+    assert result.token_ids == want and not result.n_read_failures
+    assert not gpu.store._catalog.ram
+
+
+def test_ranges_that_touch_are_one_copy() -> None:
+    assert joined([(0, 4), (4, 4), (12, 2), (14, 0), (14, 1)]) == [(0, 8), (12, 3)]
+
+
 class TestGraphs:
     """Decode steps under graphs."""
 
@@ -165,6 +212,12 @@ class TestGraphs:
         steps = sum(s.op.kind == "decode" for s in result.timeline.spans)
         assert sum(graphs.replays.values()) == steps > 0
         assert set(graphs.replays) <= {1, 2, 4}
+
+    def test_steps_of_a_fixed_dag_are_replayed_too(self, gpu: Runner) -> None:
+        """Or calibration would time another decode than the one that serves."""
+        executed(gpu, prompt_workload(PROMPTS, 3), plan_with("cachetune", 0.3))
+        graphs = gpu.stages.graphs
+        assert graphs is not None and sum(graphs.replays.values()) == 2 and not graphs.fallbacks
 
     def test_a_graph_is_captured_once_and_serves_other_prompts(self, gpu: Runner) -> None:
         plan = plan_with("full_recompute")

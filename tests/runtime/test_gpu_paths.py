@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from cachetune.core.model_spec import Stored
 from cachetune.core.plan import ReusePlan
 from cachetune.runtime import runner as runner_module
 from cachetune.runtime.cuda_device import is_pinned
@@ -16,6 +19,7 @@ from cachetune.runtime.runner import Runner
 
 from .model_cases import TIERS, make_twins, prompt_workload
 from .test_device_paths import PLANS, PROMPTS, executed, name_of, served
+from .test_stored_formats import gap, logits_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,3 +83,45 @@ def test_staging_is_pinned_and_the_gate_passes(pair: tuple[Runner, Runner]) -> N
     pages = open_device("cuda").host_pages(1 << 20)
     assert is_pinned(pages) and pages.ctypes.data % 4096 == 0
     assert check_rope(pair[1].transformer) < 1e-5
+
+
+def test_chunks_in_ram_lie_in_pinned_pages(pair: tuple[Runner, Runner]) -> None:
+    workload, gpu = prompt_workload(PROMPTS, 3), pair[1]
+    executed(gpu, workload, PLANS[2])
+    chunks = list(gpu.store._catalog.ram.values())
+    assert chunks and all(is_pinned(chunk) for chunk in chunks)
+    assert not gpu.store._reader._pool._lent
+
+
+@pytest.mark.parametrize("size", [4096, 1 << 20])
+def test_pieces_arrive_by_the_kernel_and_by_the_copy_engine(size: int) -> None:
+    device = open_device("cuda")
+    pages = torch.from_numpy(np.frombuffer(device.lasting_pages(64 * size), dtype=np.uint8))
+    pages.random_(0, 255)
+    ranges = [(2 * i * size, size) for i in range(32)]
+    want = torch.cat([pages[start : start + n] for start, n in ranges])
+    out = device.upload_pages(pages, ranges)
+    by_kernel = torch.empty_like(out)
+    device._gather(pages, ranges, by_kernel)  # type: ignore[attr-defined]
+    device.synchronise("test")
+    assert torch.equal(out.cpu(), want) and torch.equal(by_kernel.cpu(), want)
+    assert 8192 <= device.copy_from_bytes <= 1 << 20
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4", "int3", "int2"])
+def test_packed_chunks_are_restored_as_on_the_cpu(tmp_path: Path, stored: Stored) -> None:
+    """A key that is computed a bit otherwise there may get the next code."""
+    cpu = logits_of(stored, tmp_path / "cpu")
+    gpu = logits_of(stored, tmp_path / "gpu", "cuda")
+    assert gap({r: x.cpu() for r, x in gpu.items()}, cpu) < 1e-2
+
+
+def test_freed_memory_is_used_again_by_the_next_run(pair: tuple[Runner, Runner]) -> None:
+    """Streams stay, so a run like the one before it takes next to nothing from the driver."""
+    workload, gpu = prompt_workload(PROMPTS, 3), pair[1]
+    for _ in range(3):
+        executed(gpu, workload, PLANS[2])
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    for _ in range(3):
+        executed(gpu, workload, PLANS[2])
+    assert torch.cuda.memory_stats()["num_device_alloc"] <= before + 2

@@ -1,0 +1,123 @@
+"""`CudaDevice` as far as it can be held without a GPU: torch's own calls are stood in for."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cachetune.runtime import cuda_device
+from cachetune.runtime.cuda_device import COPY_BELOW_ROWS, CudaDevice
+from cachetune.runtime.device import Device
+
+
+class Driver:
+    """Registers pages unless it refuses; sees that they are mapped for as long as it holds them."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.held: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:
+        if not self.refuses:
+            self.held[address] = n_bytes
+        return int(self.refuses)
+
+    def cudaHostUnregister(self, address: int) -> int:
+        assert ctypes.string_at(address + self.held.pop(address) - 1, 1) == b"\x07"
+        return 0
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
+    monkeypatch.setattr(CudaDevice, "current", lambda self: nullcontext())
+    made = CudaDevice()
+    made.torch = torch.device("cpu")
+    return made
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    found = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
+    yield found
+    assert not found.held
+
+
+def test_lasting_pages_are_held_until_the_last_view_of_them_is_gone(
+    device: CudaDevice, driver: Driver
+) -> None:
+    pages = np.frombuffer(device.lasting_pages(12288), dtype=np.uint8)
+    pages[:] = 7
+    assert pages.nbytes == 12288 and pages.ctypes.data % 4096 == 0
+    assert driver.held == {pages.ctypes.data: 12288}
+    rows = torch.from_numpy(pages)[4096:].view(torch.float32)
+    del pages
+    gc.collect()
+    assert len(driver.held) == 1 and rows[0] == rows[-1]
+    del rows
+    gc.collect()
+    assert not driver.held
+
+
+def test_a_driver_that_pins_none_of_our_pages_pins_its_own(
+    device: CudaDevice, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.refuses = True
+    own: list[int] = []
+
+    def host_pages(n_bytes: int) -> np.ndarray:
+        own.append(n_bytes)
+        return np.zeros(n_bytes, np.uint8)
+
+    monkeypatch.setattr(device, "host_pages", host_pages)
+    device.lasting_pages(4096)
+    driver.refuses = False  # it is not asked again
+    device.lasting_pages(8192)
+    assert own == [4096, 8192]
+
+
+@pytest.mark.parametrize(("n", "size"), [(3, 4096), (COPY_BELOW_ROWS, 8192), (40, 4096)])
+@pytest.mark.parametrize("threshold", [4096, 1 << 20])
+def test_pieces_go_by_the_kernel_or_the_copy_engine(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch, n: int, size: int, threshold: int
+) -> None:
+    """By size and number; the same bytes either way."""
+    gathered: list[int] = []
+
+    def gather(pages: torch.Tensor, runs: Any, out: torch.Tensor) -> None:
+        gathered.append(len(runs))
+        out.copy_(Device().upload_pages(pages, runs))
+
+    monkeypatch.setattr(cuda_device, "_crossover", lambda index: threshold)
+    monkeypatch.setattr(device, "_gather", gather)
+    pages = torch.randint(0, 255, (3 * n * size,), dtype=torch.uint8)
+    ranges = [(3 * i * size, size) for i in range(n)]
+    found = device.upload_pages(pages, ranges)
+    assert torch.equal(found, Device().upload_pages(pages, ranges))
+    assert bool(gathered) == (n >= COPY_BELOW_ROWS and size < threshold)
+    whole = device.upload_pages(pages, [(i * size, size) for i in range(n)])
+    assert torch.equal(whole, pages[: n * size])
+    assert len(gathered) <= 1  # one run is one copy
+
+
+def test_a_stream_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps freed memory by stream: a new one for each run would begin with none."""
+    made: list[int] = []
+
+    def stream(device: torch.device, priority: int) -> SimpleNamespace:
+        made.append(priority)
+        return SimpleNamespace(device=device)
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    one = CudaDevice()
+    names = ["compute", "copy-in", "restore", "copy-out"]
+    first = [one.stream(name) for name in names]
+    assert [one.stream(name) for name in names] == first
+    assert made == [0, -1, -1, 0]

@@ -1,0 +1,164 @@
+"""Chunks kept as codes of a few bits: through the real store, the real reads and the restore."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from cachetune.core.errors import ModelError, StoreError
+from cachetune.core.invariants import check
+from cachetune.core.layout import chunk_bytes, read_bytes
+from cachetune.core.model_spec import STORED_BITS, Dtype, ModelSpec, Stored
+from cachetune.kernels.packing import pack, unpack
+from cachetune.runtime.chunk_file import ChunkCorrupt
+from cachetune.runtime.runner import Runner
+from fake_cuda import FakeCuda
+
+from . import store_cases as cases
+from .model_cases import TIERS, make_twins, plan_with, prompt_workload, tokens
+
+N = 77
+FORMATS = tuple(STORED_BITS)
+PROMPTS = [[tokens(40), tokens(33), tokens(50), tokens(12)], [tokens(33), tokens(17, 2)]]
+
+
+def packed_model(stored: Stored, dtype: Dtype = "float32") -> ModelSpec:
+    return cases.make_model(dtype).replace(stored=stored, head_dim=16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", FORMATS)
+def test_what_comes_back_is_what_packing_makes_of_it(
+    tmp_path: Path, stored: Stored, dtype: Dtype
+) -> None:
+    """Bit for bit, from a file and from RAM, any prefix of the rows; and within half a step."""
+    model = packed_model(stored, dtype)
+    chunk, bits = cases.make_chunk(model, N), STORED_BITS[stored]
+    store = cases.open_store(tmp_path, model)
+    key = cases.put(store, "a", chunk)
+    header = cases.chunk_file(store, key).stat().st_size - chunk_bytes(model, N)
+    assert 0 < header <= 8192
+    for tier in ("disk", "dram"):
+        store.place(key, tier)
+        for n in (1, 32, 40, N):
+            rows = store.read(key, 0, 3, [n] * 3, cases.REQUEST, tier)
+            assert rows.n_bytes == 3 * read_bytes(model, n)
+            for layer in range(3):
+                for half, per, source in ((rows.k, "channel", chunk.k), (rows.v, "token", chunk.v)):
+                    ordered = source[layer, chunk.order]
+                    whole = pack(ordered, bits, per)  # type: ignore[arg-type]
+                    assert torch.equal(half(layer), unpack(whole, ordered.dtype)[:n])
+                    step = float(whole.scale.max())
+                    rounding = 2**-7 if dtype == "bfloat16" else 2**-10
+                    worst = step / 2 + rounding * float(ordered.abs().max())
+                    assert float((half(layer) - ordered[:n]).abs().max()) <= worst
+    store.close()
+
+
+def test_fewer_bits_take_fewer_bytes() -> None:
+    """Of bf16 at Llama-3.1-8B's shape: codes, and fp16 scales that cost a sixteenth or so."""
+    spec = packed_model("int8", "bfloat16").replace(n_kv_heads=8, n_heads=32, head_dim=128)
+    native = chunk_bytes(spec.replace(stored="native"), 512)
+    shares = [chunk_bytes(spec.replace(stored=stored), 512) / native for stored in FORMATS]
+    assert shares == pytest.approx([b / 16 + 1 / 16 for b in STORED_BITS.values()], abs=0.003)
+
+
+def test_a_flipped_bit_of_codes_or_scales_is_found(tmp_path: Path) -> None:
+    store = cases.open_store(tmp_path, packed_model("int4"))
+    key = cases.put(store, "a", cases.make_chunk(store.model, N))
+    path, draw = cases.chunk_file(store, key), random.Random(1)
+    good, blob = path.read_bytes(), read_bytes(store.model, N)
+    group = read_bytes(store.model, 32)
+    for _ in range(80):
+        bad = bytearray(good)
+        at = len(good) - 3 * blob + draw.randrange(3) * blob + draw.randrange(min(group, 1500))
+        bad[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(ChunkCorrupt, match=key):
+            cases.read_all(store, key)
+    path.write_bytes(good)
+    cases.read_all(store, key)
+    store.close()
+
+
+def test_a_folder_keeps_one_format(tmp_path: Path) -> None:
+    """And the format is part of every key, so that remote tiers can hold several."""
+    native = packed_model("native")
+    stores = [cases.open_store(tmp_path / s, native.replace(stored=s)) for s in ("native", "int8")]
+    keys = {cases.put(store, "a", cases.make_chunk(native, N)) for store in stores}
+    assert len(keys) == 2
+    for store in stores:
+        store.close()
+    with pytest.raises(StoreError, match="int8"):
+        cases.open_store(tmp_path / "int8", native)
+
+
+def test_a_head_that_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        cases.make_model().replace(stored="int4")
+    loaded, _ = make_twins("llama")
+    with pytest.raises(ModelError, match="int5, head dim 16"):
+        loaded.stored_as("int5")  # type: ignore[arg-type]
+    assert loaded.stored_as("int4").spec.fingerprint() == loaded.spec.fingerprint()
+
+
+@pytest.fixture(scope="module")
+def native_logits(tmp_path_factory: pytest.TempPathFactory) -> dict[int, torch.Tensor]:
+    return logits_of("native", tmp_path_factory.mktemp("native"))
+
+
+def logits_of(
+    stored: Stored, folder: Path, device: str | FakeCuda = "cpu"
+) -> dict[int, torch.Tensor]:
+    loaded = make_twins("llama")[0].stored_as(stored)
+    workload, plan = prompt_workload(PROMPTS, 2), plan_with("cachetune", 0.3, layer_group=2)
+    with Runner(loaded, folder, TIERS, device=device, kv_capacity_tokens=1024) as runner:
+        runner.prepare(workload, plan, "file")
+        decisions, schedule = runner.batch_schedule(workload, plan, runner.index(plan))
+        before = runner.store.counters.bytes_read
+        result = runner.execute_schedule(
+            workload, plan, decisions, schedule, keep_suffix_logits=True
+        )
+        check(result.timeline, schedule=schedule)
+        loads = sum(op.n_bytes for op in schedule.ops if op.kind == "load")
+        assert runner.store.counters.bytes_read - before == loads
+    return result.suffix_logits
+
+
+def gap(found: dict[int, torch.Tensor], true: dict[int, torch.Tensor]) -> float:
+    """Relative L2 error of the logits, the larger of the requests'."""
+    return max(float((found[r] - true[r]).norm() / true[r].norm()) for r in true)
+
+
+def test_the_answer_s_error_falls_with_the_bits(
+    native_logits: dict[int, torch.Tensor], tmp_path: Path
+) -> None:
+    """Ops name the packed bytes and the reads fetch those; a bit more is about half the error."""
+    errors = [gap(logits_of(s, tmp_path / s), native_logits) for s in ("int8", "int4", "int2")]
+    assert 0 < errors[0] < 0.02 < errors[1] < errors[2] and errors[0] < errors[1] / 4
+
+
+@pytest.mark.parametrize("stored", ["int8", "int3"])
+def test_a_gpu_restores_the_same(tmp_path: Path, stored: Stored) -> None:
+    cpu = logits_of(stored, tmp_path / "cpu")
+    gpu = logits_of(stored, tmp_path / "gpu", FakeCuda())
+    assert gap(gpu, cpu) < 1e-4
+
+
+@pytest.mark.parametrize("policy", ["cacheblend", "epic", "full_reuse", "cachetune"])
+def test_every_policy_takes_packed_chunks(tmp_path: Path, policy: str) -> None:
+    loaded = make_twins("qwen3")[0].stored_as("int8")
+    workload, plan = prompt_workload(PROMPTS, 3), plan_with(policy, 0.3)
+    made = []
+    for name, device in (("cpu", "cpu"), ("gpu", FakeCuda())):
+        with Runner(
+            loaded, tmp_path / name, TIERS, device=device, kv_capacity_tokens=1024
+        ) as runner:
+            runner.prepare(workload, plan, "dram")
+            result = runner.serve(workload, plan, runner.index(plan))
+            check(result.timeline, workload)
+            made.append(result.token_ids)
+            assert sum(result.n_reused_tokens.values()) > 0
+    assert made[0] == made[1]
