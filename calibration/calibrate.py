@@ -140,11 +140,16 @@ def calibrate(
                 lambda done, total: tell("probes", done, total),
             )
             unbuffered = {c.name: runner.store.is_unbuffered(c.name) for c in configs}
+            copy_from = float(runner.device.copy_from_bytes)
     device = device_here(threads, settings.device)
     media = fit_media([*loads, *measured], {c.name: c.medium for c in plain}, settings.seed)
     tiers = tiers_of(configs, media.coefficients, settings.rhos, unbuffered)
     coefficients, fits = fit_all(measured, loaded.spec, tiers, settings.seed)
     coefficients |= media.coefficients
+    if copy_from:  # a measured crossover, not a fit: its interval is itself
+        coefficients["link.copy_from"] = Coefficient(
+            value=copy_from, unit="bytes", low=copy_from, high=copy_from
+        )
     fits["load"] = media.report
     fitted = HardwareProfile(
         name=f"{device.kind}-{loaded.spec.name}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,8 @@ _List = Annotated[bool, typer.Option("--list", help="Only list the steps.")]
 
 def command(step: _Step = "", fresh: _Fresh = False, only_list: _List = False) -> None:
     """Correctness, limits, benchmarks and the whole loop on the GPU; a dry run without one."""
-    from .bench_machine import pick_device, results_folder
+    from ..core.record import write_atomic
+    from .bench_machine import pick_device, provenance, results_folder
     from .console import note, print_json_line, print_table, warn
     from .gpu_suite import DRY_RUN, FIRST, STAMPS, Stamps, chosen, run_step, steps
 
@@ -21,7 +23,8 @@ def command(step: _Step = "", fresh: _Fresh = False, only_list: _List = False) -
     folder = results_folder(device) if device == "cuda" else DRY_RUN
     if device != "cuda":
         warn(f"no CUDA device: tiny shapes on the CPU, to {folder}; no figure of this is a result")
-    wanted = chosen(steps(device, folder), step)
+    every = steps(device, folder)
+    wanted = chosen(every, step)
     stamps = Stamps(STAMPS / folder.name)
     rows: list[dict[str, Any]] = []
     for i, one in enumerate(wanted):
@@ -34,10 +37,13 @@ def command(step: _Step = "", fresh: _Fresh = False, only_list: _List = False) -
         note(f"step {i + 1} of {len(wanted)}, {one.name}: python -m {' '.join(one.argv)}")
         rows.append(stamps.write(one, *run_step(one, stamps.log(one))))
         if one.name == FIRST and rows[-1]["status"] != "ok":
-            note("wrong results are not timed: the other steps are left out")
-            break
+            warn("not all of it is correct: no figure of this run counts until that step is ok")
     print_table(rows, ("step", "status", "seconds"), f"steps on {device}, results in {folder}")
     failed = [r["step"] for r in rows if r["status"] not in ("ok", "done before", "to do")]
+    if not only_list:
+        last = [stamps.last(one) or {"step": one.name, "status": "to do"} for one in every]
+        summary = {"provenance": provenance(0, device), "device": device, "steps": last}
+        write_atomic(folder / "steps.json", (json.dumps(summary, indent=1) + "\n").encode())
     result = {"command": "bench gpu", "device": device, "folder": str(folder), "failed": failed}
     print_json_line(result)
     if failed:

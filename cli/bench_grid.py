@@ -78,7 +78,9 @@ def command(
     check_writable(profile, out / "grid.json", work / "grid.json")
     machine = HardwareProfile.read(profile) if profile.exists() else None
     device = checked_device(device, machine)
-    loaded = load_on(model, device, machine.model.dtype if machine else "float32")
+    like = machine.model if machine else None
+    stored = like.stored if like else "native"
+    loaded = load_on(model, device, like.dtype if like else "float32", stored=stored)
     with progress_bar() as tell:
         if machine is None:
             settings = Settings(max_tokens=8 * chunk_tokens, seed=seed, device=device)

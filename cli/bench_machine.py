@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..core.hardware import HardwareProfile
+    from ..core.model_spec import Stored
     from ..runtime.chunk_store import ChunkStore
     from ..runtime.loaded_model import LoadedModel
     from ..runtime.runner import Runner
@@ -57,14 +58,20 @@ def checked_device(device: str, profile: HardwareProfile | None = None) -> str:
     return name
 
 
-def load_on(model: str, device: str, dtype: str, seed: int = 0) -> LoadedModel:
-    """A model in that dtype; random weights are drawn on the device itself."""
+def load_on(
+    model: str, device: str, dtype: str, seed: int = 0, stored: Stored = "native"
+) -> LoadedModel:
+    """A model in that dtype, its chunks kept as `stored`; random weights are drawn on the device.
+
+    Raises:
+        CacheTuneError: no such model, dtype or format.
+    """
     import torch
 
     from ..runtime.loaded_model import load_model
 
     with torch.device(device):
-        return load_model(model, dtype, seed)
+        return load_model(model, dtype, seed).stored_as(stored)
 
 
 def device_name(device: str) -> str:

@@ -19,6 +19,7 @@ _Ratios = Annotated[str, typer.Option(help="Recompute ratios, by comma.")]
 _Policies = Annotated[str, typer.Option(help="Policies beside full recompute, by comma.")]
 _Tier = Annotated[str, typer.Option(help="Where the chunks lie: dram, file, file-cached or redis.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats; 3 or more for a result.")]
+_IoWorkers = Annotated[int, typer.Option(min=1, max=16, help="I/O streams of a tier.")]
 _Piece = Annotated[int, typer.Option(min=16, help="Chunked prefill: most rows of a piece.")]
 _Group = Annotated[int, typer.Option(min=1, help="Layers per op.")]
 _Device = Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda where there is one.")]
@@ -51,6 +52,7 @@ def command(
     repeats: _Repeats = 3,
     prefill_chunk: _Piece = 8192,
     layer_group: _Group = 2,
+    io_workers: _IoWorkers = 1,
     device: _Device = "auto",
     threads: _Threads = 1,
     out: _Out = None,
@@ -69,17 +71,11 @@ def command(
     check_writable(out)
     loaded = load(model, device, seed)
     workload = rag_workload(
-        "burst",
-        seed,
-        n_requests=requests,
-        n_contents=contents,
-        chunk_tokens=chunk_tokens,
-        chunks_per_request=chunks,
-        suffix_tokens=SUFFIX_TOKENS,
-        output_tokens=output_tokens,
+        "burst", seed, n_requests=requests, n_contents=contents, chunk_tokens=chunk_tokens,
+        chunks_per_request=chunks, suffix_tokens=SUFFIX_TOKENS, output_tokens=output_tokens,
         vocab_size=loaded.spec.vocab_size,
-    )
-    knobs = {"prefill_chunk_tokens": prefill_chunk, "layer_group": layer_group}
+    )  # fmt: skip
+    knobs = knobs_of(prefill_chunk, layer_group, io_workers)
     plans = plans_at(shares, policies.split(","), chunk_tokens, **knobs)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
@@ -100,6 +96,7 @@ def command(
         "n_prompt": chunks * chunk_tokens + SUFFIX_TOKENS,
         "output_tokens": output_tokens,
         "prefill_chunk_tokens": prefill_chunk,
+        "io_workers": io_workers,
         "max_num_seqs": next(iter(plans.values())).max_num_seqs,
         "ceilings": limits.as_json(found),
         "hf_generate_s": hf_s,
@@ -108,6 +105,15 @@ def command(
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
     _print(result)
     note(f"result: {out}")
+
+
+def knobs_of(prefill_chunk: int, layer_group: int, io_workers: int) -> dict[str, int]:
+    """Of every plan."""
+    return {
+        "prefill_chunk_tokens": prefill_chunk,
+        "layer_group": layer_group,
+        "n_io_workers": io_workers,
+    }
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ _ChunkTokens = Annotated[int, typer.Option(min=16, help="Tokens of a chunk.")]
 _Ratio = Annotated[float, typer.Option(min=0, max=1, help="Share of a chunk that is recomputed.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats; 3 or more for a result.")]
 _Group = Annotated[int, typer.Option(min=1, help="Layers per op.")]
+_IoWorkers = Annotated[int, typer.Option(min=1, max=16, help="I/O streams of a tier.")]
 _Piece = Annotated[int, typer.Option(min=16, help="Chunked prefill: most rows of a piece.")]
 _Policies = Annotated[str, typer.Option(help="Policies beside full recompute, by comma.")]
 _Tiers = Annotated[str, typer.Option(help="Of dram, file, file-cached and redis, by comma.")]
@@ -80,6 +81,7 @@ def command(
     ratio: _Ratio = 0.15,
     repeats: _Repeats = 3,
     layer_group: _Group = 1,
+    io_workers: _IoWorkers = 1,
     prefill_chunk: _Piece = WHOLE_PROMPT,
     policies: _Policies = "prefix_cache,full_reuse,cacheblend,epic,cachetune",
     tiers: _Tiers = "dram,file,file-cached",
@@ -97,6 +99,7 @@ def command(
     from ..core.record import check_writable
     from .bench_machine import load, pick_device, results_folder
     from .bench_parts import Parts
+    from .bench_throughput import knobs_of
     from .console import progress_bar
 
     device = pick_device(device)
@@ -110,6 +113,8 @@ def command(
         "repeats": repeats, "layer_group": layer_group, "prefill_chunk": prefill_chunk,
         "policies": policies, "rhos": rhos, "device": device, "threads": threads, "seed": seed,
     }  # fmt: skip
+    if io_workers > 1:  # what was measured with one is still what was measured
+        settings["io_workers"] = io_workers
     names = [*plain, *([CURVE] if limited else []), *limited]
     work = Parts("ttft", settings, names, parts)
     loaded = load(model, device, seed)
@@ -122,7 +127,7 @@ def command(
             ratio,
             tuple(p.strip() for p in policies.split(",") if p.strip()),
             repeats,
-            {"layer_group": layer_group, "prefill_chunk_tokens": prefill_chunk},
+            knobs_of(prefill_chunk, layer_group, io_workers),
             tell,
         )
         for part in work.wanted:

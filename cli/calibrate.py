@@ -18,6 +18,7 @@ _Out = Annotated[Path, typer.Option(help="Where the profile is written.")]
 _MaxTokens = Annotated[int, typer.Option(min=128, help="Longest probe prompt, tokens.")]
 _Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats of each probe.")]
 _Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+_Stored = Annotated[str, typer.Option(help="How chunks are kept: native, int8, int4, int3, int2.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")]
 _Threads = Annotated[int, typer.Option(min=1, help="Threads of a compute op.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
@@ -34,6 +35,7 @@ def command(
     max_tokens: _MaxTokens = 1024,
     repeats: _Repeats = 6,
     dtype: _Dtype = "float32",
+    stored: _Stored = "native",
     device: _Device = "cpu",
     threads: _Threads = 1,
     seed: _Seed = 0,
@@ -55,7 +57,8 @@ def command(
         check_writable(check_out / "predicted.json")
     machine = HardwareProfile.read(profile) if profile is not None else None
     device = checked_device(device, machine)
-    loaded = load_on(model, device, dtype)
+    kept: Any = machine.model.stored if machine is not None else stored
+    loaded = load_on(model, device, dtype, stored=kept)
     if machine is None:
         settings = Settings(
             max_tokens=max_tokens,

@@ -59,7 +59,7 @@ def command(
     where = tier or _tier_of(tuned, machine)
     machine.tier(where)
     device = checked_device(device, machine)
-    loaded = load_on(model, device, machine.model.dtype)
+    loaded = load_on(model, device, machine.model.dtype, stored=machine.model.stored)
     check_here(tuned, machine, loaded, device, allow_mismatch=allow_mismatch)
     if tuned.quality == "borrowed":
         warn("quality: borrowed (measured with another model)")

@@ -137,7 +137,7 @@ def _runner(
     from ..calibration.calibrate import open_runner
 
     device = checked_device(device, machine)
-    loaded = load_on(model, device, machine.model.dtype)
+    loaded = load_on(model, device, machine.model.dtype, stored=machine.model.stored)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
         open_runner(machine, loaded, folder, device) as runner,

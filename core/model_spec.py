@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from .errors import ModelError
-from .record import Record, first_problem
+from .record import Record, canonical_json, first_problem
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+STORED_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+
 Dtype = Literal["float32", "bfloat16", "float16"]
+Stored = Literal["native", "int8", "int4", "int3", "int2"]
 
 
 class ModelSpec(Record):
@@ -36,9 +40,16 @@ class ModelSpec(Record):
     dtype: Dtype = "bfloat16"
     rope_kind: Literal["default", "linear", "llama3", "yarn"] = "default"
     sliding_window: int | None = None
+    stored: Stored = "native"
+    """What the chunk store keeps of K and V: `dtype` as it is, or codes of so many bits."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
+        if self.stored != "native" and self.head_dim % 16:
+            raise ValueError(
+                f"head_dim must be a multiple of 16 to be stored as {self.stored}, "
+                f"got {self.head_dim}"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 "n_heads must be a multiple of n_kv_heads, got "
@@ -46,9 +57,19 @@ class ModelSpec(Record):
             )
         return self
 
+    def fingerprint(self) -> str:
+        """Of the model itself: however its KV is stored, it is the same."""
+        data = self.model_dump(mode="json", exclude={"stored"})
+        return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:16]
+
+    @property
+    def stored_dtype(self) -> str:
+        """By name, what the chunk store keeps: `dtype`, or the packed format."""
+        return self.dtype if self.stored == "native" else self.stored
+
     @property
     def kv_bytes_per_token_layer(self) -> int:
-        """Bytes of K and V of one token in one layer."""
+        """Bytes of K and V of one token in one layer, where attention reads them."""
         return 2 * self.n_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property

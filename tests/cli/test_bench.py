@@ -149,17 +149,26 @@ class TestSuite:
         stamps.write(step, "exit 1", seconds)
         assert stamps.read(step) is None
 
-    def test_wrong_results_are_not_timed(
+    def test_a_failed_step_hides_none_of_the_later_ones(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         ran = []
 
         def fails(step: Step, log: Path) -> tuple[str, float]:
             ran.append(step.name)
-            return "exit 1", 0.1
+            return "ok" if step.name == "io" else "exit 1", 0.1
 
         monkeypatch.setattr(gpu_suite, "STAMPS", tmp_path)
         monkeypatch.setattr(gpu_suite, "run_step", fails)
-        status, out, _ = run("bench", "gpu")
-        assert status == 1 and ran == ["correctness"]
-        assert json.loads(out.splitlines()[-1])["failed"] == ["correctness"]
+        monkeypatch.setattr(gpu_suite, "DRY_RUN", tmp_path / "out")
+        status, out, err = run("bench", "gpu")
+        names = [s.name for s in gpu_suite.steps("cpu", tmp_path / "out")]
+        assert status == 1 and ran == names and "no figure of this run counts" in err
+        failed = json.loads(out.splitlines()[-1])["failed"]
+        assert failed == [name for name in names if name != "io"]
+        kept = json.loads((tmp_path / "out" / "steps.json").read_text())
+        assert kept["provenance"]["commit"]
+        assert {s["step"]: s["status"] for s in kept["steps"]}["io"] == "ok"
+        ran.clear()
+        run("bench", "gpu")
+        assert ran == failed
