@@ -145,10 +145,24 @@ class WorkerExecutor(ABC):
         return list(self._sessions.values())
 
     def close(self) -> None:
-        """Stop the workers once the op each is at has ended; queued ops are dropped."""
+        """Stop the workers once the op each is at has ended; queued ops are dropped.
+
+        An interrupt that comes meanwhile is passed on when they have ended.
+        """
+        try:
+            self._join()
+        except KeyboardInterrupt:
+            self._join()
+            raise
+        finally:
+            self._forget()
+
+    def _join(self) -> None:
         self._stop()
         for thread in self._threads:
             thread.join()
+
+    def _forget(self) -> None:
         if not self._closed:
             self._closed = True
             _switch_interval.give_back()
