@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from ..kernels.stopwatch import Spread
 
 PIECE_BYTES = (8 * KIB, 16 * KIB, 24 * KIB, 64 * KIB, 256 * KIB, 2 * MIB, 16 * MIB)
-LARGE_BYTES = 2 * MIB
 SMALL_BYTES = 24 * KIB
 TOTAL_BYTES = 256 * MIB
 LARGE_GOALS = (0.9, 0.96)
