@@ -26,7 +26,7 @@ from ..simulator.interference import LOSES_TO, coefficient_of, slowed_of, source
 from .collect import Measured
 
 N_BOOTSTRAP = 200
-SUMMED: tuple[OpKind, ...] = ("restore",)
+SUMMED: tuple[OpKind, ...] = ("restore", "select")
 """Short ops that come in numbers: one that waits for its core takes several times as long. What is
 fitted, robustly, is their sum over a probe."""
 ROBUST_ROUNDS = 6

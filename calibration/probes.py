@@ -126,7 +126,9 @@ def ladder(library: Library, tiers: Sequence[str], max_tokens: int) -> list[Prob
             }
             add(plan_with("cachetune", ratio, **knobs), tier)
         add(plan_with("cachetune", 0.15, load_order="chunk", n_io_workers=2), tiers[s % len(tiers)])
-        add(plan_with("cacheblend", 0.15), tiers[s % len(tiers)])
+        for i, ratio in enumerate((0.15, 0.4)):
+            knobs = {"layer_group": 1 + (s + i) % 3, "look_ahead": 1 + (s + i) % 4}
+            add(plan_with("cacheblend", ratio, **knobs), tiers[(s + 2 * i) % len(tiers)])
     probes += batch_ladder(library, tiers, shapes)
     probes += decode_ladder(library, tiers[0], max_tokens)
     # Probes of one shape behind one another would find its chunks and weights in the CPU's caches.
@@ -146,6 +148,9 @@ def batch_ladder(library: Library, tiers: Sequence[str], shapes: Sequence[Shape]
             plan = plan_with("cachetune", ratio, **knobs)
             tier = tiers[(s + 2 * i) % len(tiers)]
             probes.append(Probe(f"batch.{batch}x{s}.{tier}.{i}", workload, plan, tier))
+        tier = tiers[(s + 1) % len(tiers)]
+        plan = plan_with("cacheblend", 0.3)
+        probes.append(Probe(f"batch.{batch}x{s}.{tier}.blend", workload, plan, tier))
     return probes
 
 
@@ -177,6 +182,7 @@ def held_out(
         "epic",
         "full_reuse",
         "full_recompute",
+        "cacheblend",
         "cacheblend",
         "prefix_cache",
     ]
