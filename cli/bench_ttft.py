@@ -213,6 +213,8 @@ def _curves(run: _Run, rhos: Iterable[float], seed: int) -> dict[str, Any]:
 
 def _limited(run: _Run, work: Parts, tier: str, rho: float, seed: int) -> dict[str, Any]:
     """One rate-limited tier at its balanced ratio."""
+    from statistics import median
+
     from ..calibration.balance import ComputeCurve, candidates, measure_balanced, summarise
     from ..runtime.tiers import TierConfig
     from .bench_machine import provenance, runner
@@ -231,11 +233,12 @@ def _limited(run: _Run, work: Parts, tier: str, rho: float, seed: int) -> dict[s
         runner(run.loaded, folder, [config], run.device, run.threads) as r,
     ):
         found = measure_balanced(r, run.shape, tier, plans, run.repeats, run.tell)
+    slower = median(found[0].compute_ms) / best.at(ratio)
     return {
         "provenance": provenance(seed, run.device),
         "limit_bytes_per_s": limit,
         "load_exact": best.load_exact,
-        "rows": summarise(found, curves, rho, limit),
+        "rows": summarise(found, curves, rho, limit, slower),
     }
 
 

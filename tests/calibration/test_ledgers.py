@@ -127,15 +127,26 @@ def test_a_curve_comes_back_from_its_file() -> None:
 def test_the_bound_is_over_all_that_was_measured() -> None:
     one = Balanced("same", (0.4,), Work(1, 1), [460.0], [400.0], [420.0], [418.0], [380.0])
     curves = [line(), line(load_exact=True)]
-    (row,) = summarise([one], curves, rho=1.0, limit_bytes_per_s=1e9)
+    (row,) = summarise([one], curves, rho=1.0, limit_bytes_per_s=1e9, slower=1.0)
     assert row["bound_ms"] == 420.0  # the curves' best measured ratio gives 600
     assert row["factor"] == row["overlap"] == pytest.approx(460 / 420)
     assert row["slowdown"] == pytest.approx(1.1)
     assert row["speedup"] == pytest.approx(1000 / 460) and row["allowed_speedup"] == 2.0
 
 
-def test_the_staged_plan_computes_as_much() -> None:
+@pytest.mark.parametrize(("slower", "bound_ms"), [(0.5, 400.0), (1.0, 600.0), (1.2, 700.0)])
+def test_the_bound_is_of_the_minutes_of_the_rows(slower: float, bound_ms: float) -> None:
+    """At 0.3 loads take 700 ms and at 0.6 400; computing takes `slower` times 300 and 600."""
+    one = Balanced("same", (0.4,), Work(1, 1), [900.0], [400.0], [900.0], [900.0], [900.0])
+    (row,) = summarise([one], [line()], rho=1.0, limit_bytes_per_s=1e9, slower=slower)
+    assert row["bound_ms"] == pytest.approx(bound_ms)
+    assert row["speedup"] == pytest.approx(slower * 1000 / 900)
+
+
+def test_the_staged_plans_compute_as_much() -> None:
     plans = candidates(0.4, 4, load_exact=False)
+    falling = plans["falling"].rule("any", 1).ratios
+    assert falling == (1.0, 0.3, 0.2, 0.1) and sum(falling) == pytest.approx(4 * 0.4)
     staged = plans["first layer whole"].rule("any", 1)
     assert staged.ratios[0] == 1.0 and sum(staged.ratios) == pytest.approx(4 * 0.4)
     assert plans["same in all layers"].rule("any", 1).ratios == (0.4,)
