@@ -147,23 +147,22 @@ def compute_curve(
 def candidates(
     ratio: float, n_layers: int, load_exact: bool, **knobs: object
 ) -> dict[str, ReusePlan]:
-    """Plans of about the same work: one ratio, the first layer whole, falling ratios.
+    """Plans of about the same work: one ratio, the first layer whole, falling with depth.
 
-    With the first layer whole, nothing has to be there before computing can begin; the other layers
-    give back what it takes. Where they fall too, the last one, which nothing overlaps, is short.
+    A first layer that is computed whole has nothing to wait for, and the others give back what it
+    takes. Where ratios fall, the first load and the last layer, which nothing overlaps, are short.
+    Both may load all layers ahead.
     """
     n_rest = n_layers - 1
-    if not n_rest:
-        return {"same in all layers": _plan((ratio,), load_exact, **knobs)}
-    rest = max(0.0, (n_layers * ratio - 1) / n_rest)
-    spread = min(0.5 * rest, 1 - rest)
-    falling = np.linspace(rest + spread, rest - spread, n_rest) if n_rest > 1 else [rest]
-    staged = {
-        "same in all layers": (ratio,),
-        "first layer whole": (1.0, *([round(rest, 4)] * n_rest)),
-        "falling": (1.0, *(round(float(r), 4) for r in falling)),
-    }
-    return {label: _plan(ratios, load_exact, **knobs) for label, ratios in staged.items()}
+    plans = {"same in all layers": _plan((ratio,), load_exact, **knobs)}
+    if n_rest:
+        rest = max(0.0, round((n_layers * ratio - 1) / n_rest, 4))
+        first = min(1.0, 2 * ratio)
+        falling = [round(float(r), 4) for r in np.linspace(first, 2 * ratio - first, n_layers)]
+        ahead = {**knobs, "look_ahead": n_layers}
+        plans["first layer whole"] = _plan((1.0, *([rest] * n_rest)), load_exact, **ahead)
+        plans["falling"] = _plan(tuple(falling), load_exact, **ahead)
+    return plans
 
 
 def measure_balanced(
