@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.layout import GROUP_TOKENS
 from ..core.ops import Schedule
 from ..core.plan import RatioRule, ReusePlan
 from ..core.standalone import COMPUTING, LOADING, part_of
@@ -145,24 +146,34 @@ def compute_curve(
 
 
 def candidates(
-    ratio: float, n_layers: int, load_exact: bool, **knobs: object
+    ratio: float, n_layers: int, chunk_tokens: int, load_exact: bool, **knobs: object
 ) -> dict[str, ReusePlan]:
     """Plans of about the same work: one ratio, the first layer whole, falling with depth.
 
     A first layer that is computed whole has nothing to wait for, and the others give back what it
     takes. Where ratios fall, the first load and the last layer, which nothing overlaps, are short.
-    Both may load all layers ahead.
+    Both may load all layers ahead, and load whole row groups: of a part of one, all is read.
     """
     n_rest = n_layers - 1
     plans = {"same in all layers": _plan((ratio,), load_exact, **knobs)}
     if n_rest:
-        rest = max(0.0, round((n_layers * ratio - 1) / n_rest, 4))
+        rest = max(0.0, (n_layers * ratio - 1) / n_rest)
         first = min(1.0, 2 * ratio)
-        falling = [round(float(r), 4) for r in np.linspace(first, 2 * ratio - first, n_layers)]
         ahead = {**knobs, "look_ahead": n_layers}
-        plans["first layer whole"] = _plan((1.0, *([rest] * n_rest)), load_exact, **ahead)
-        plans["falling"] = _plan(tuple(falling), load_exact, **ahead)
+        for label, wanted in {
+            "first layer whole": [1.0, *([rest] * n_rest)],
+            "falling": np.linspace(first, 2 * ratio - first, n_layers),
+        }.items():
+            ratios = tuple(_whole_groups(float(r), chunk_tokens) for r in wanted)
+            plans[label] = _plan(ratios, load_exact, **ahead)
     return plans
+
+
+def _whole_groups(ratio: float, chunk_tokens: int) -> float:
+    """The nearest ratio at which a chunk's load is whole row groups."""
+    n_groups = chunk_tokens // GROUP_TOKENS
+    loaded = GROUP_TOKENS * round((1 - ratio) * chunk_tokens / GROUP_TOKENS)
+    return (chunk_tokens - min(loaded, GROUP_TOKENS * n_groups)) / chunk_tokens
 
 
 def measure_balanced(

@@ -26,6 +26,8 @@ class Boosting:
     clip: float = 0.3
     """Residuals beyond this pull with this strength only: outliers of a table do not lead."""
     row_share: float = 0.8
+    column_share: float = 1.0
+    """Features that one tree may ask about."""
 
 
 def fit_residual(
@@ -48,7 +50,11 @@ def fit_residual(
     for _ in range(how.n_trees):
         rows = np.flatnonzero(draws.random(len(y)) < how.row_share)
         pull = np.clip(left, -how.clip, how.clip)
-        found = _grow(binned[:, rows], pull[rows], edges, how)
+        asked = range(len(edges))
+        if how.column_share < 1:
+            n_asked = max(1, round(how.column_share * len(edges)))
+            asked = sorted(draws.choice(len(edges), n_asked, replace=False).tolist())
+        found = _grow(binned[:, rows], pull[rows], edges, asked, how)
         leaf = np.zeros(len(y), dtype=np.intp)
         for level, (column, cut) in enumerate(found):
             leaf += (binned[column] > cut).astype(np.intp) << level
@@ -80,6 +86,7 @@ def _grow(
     binned: NDArray[np.intp],
     pull: NDArray[np.float64],
     edges: Sequence[NDArray[np.float64]],
+    asked: Sequence[int],
     how: Boosting,
 ) -> list[tuple[int, int]]:
     """(feature, bin) of every level: each the cut that explains most over all leaves so far."""
@@ -89,7 +96,8 @@ def _grow(
         best, chosen = -1.0, (0, 0)
         base = leaf * N_BINS
         size = N_BINS << level
-        for column, cuts in enumerate(edges):
+        for column in asked:
+            cuts = edges[column]
             key = base + binned[column]
             count = np.bincount(key, minlength=size).reshape(-1, N_BINS).cumsum(axis=1)
             total = np.bincount(key, pull, minlength=size).reshape(-1, N_BINS).cumsum(axis=1)

@@ -1,7 +1,8 @@
 """Readers of measured kernel tables: AIConfigurator (Parquet), LLMServingSim and Vidur (CSV).
 
 Each gives a `KernelTable`: sizes and seconds of one kind of kernel on one GPU. Which file is of
-which GPU, and in which folder layout, is in `SOURCES`. Windowed attention and fp8 KV are left out.
+which GPU, and in which folder layout, is in `SOURCES`. Windowed attention is left out, and fp8 KV
+in prefill.
 """
 
 from __future__ import annotations
@@ -85,22 +86,30 @@ def aic_attention(path: Path, gpu: str, source: str) -> list[KernelTable]:
     """AIConfigurator `{context,generation}_attention_perf.parquet`, ms."""
     keys = ["batch_size", "isl", "step", "num_heads", "num_key_value_heads", "head_dim"]
     frame = read_columns(path, (*keys, "latency"), ("kv_cache_dtype",), extra=("window_size",))
-    frame = frame[frame.window_size.fillna(0) == 0]
-    frame = frame[(frame.kv_cache_dtype == "bfloat16") & (frame.head_dim <= 256)]
-    frame = frame.groupby(keys, as_index=False).latency.median()  # some rows were measured twice
-    sizes = {
-        "batch": frame.batch_size.to_numpy(),
-        "n_heads": frame.num_heads.to_numpy(),
-        "n_kv_heads": frame.num_key_value_heads.to_numpy(),
-        "head_dim": frame.head_dim.to_numpy(),
-    }
-    prefill = path.name.startswith("context")
-    if prefill:
-        sizes |= {"n_query": frame.isl.to_numpy(), "n_cached": np.zeros(len(frame))}
+    frame = frame[(frame.window_size.fillna(0) == 0) & (frame.head_dim <= 256)]
+    if path.name.startswith("context"):
+        dtypes = {"bfloat16": "prefill"}
     else:
-        sizes["context"] = frame.step.to_numpy() + 1  # the new token sees itself
-    kind = "prefill" if prefill else "decode"
-    return [KernelTable(kind, gpu, sizes, positive(path, frame.latency.to_numpy() / 1e3), source)]
+        dtypes = {"bfloat16": "decode", "fp8": "decode.fp8"}
+    found = []
+    for dtype, kind in dtypes.items():
+        rows = frame[frame.kv_cache_dtype == dtype]
+        if not len(rows):
+            continue
+        rows = rows.groupby(keys, as_index=False).latency.median()  # some were measured twice
+        sizes = {
+            "batch": rows.batch_size.to_numpy(),
+            "n_heads": rows.num_heads.to_numpy(),
+            "n_kv_heads": rows.num_key_value_heads.to_numpy(),
+            "head_dim": rows.head_dim.to_numpy(),
+        }
+        if kind == "prefill":
+            sizes |= {"n_query": rows.isl.to_numpy(), "n_cached": np.zeros(len(rows))}
+        else:
+            sizes["context"] = rows.step.to_numpy() + 1  # the new token sees itself
+        seconds = positive(path, rows.latency.to_numpy() / 1e3)
+        found.append(KernelTable(kind, gpu, sizes, seconds, source))
+    return found
 
 
 def _attention(

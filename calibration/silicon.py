@@ -45,6 +45,11 @@ BUDGET_TOKENS = 1500
 """A step holds this, one prompt and a token for each user. The sample does not say; this is how the
 tool that it comes from sets engines up (ai-dynamo/aiconfigurator, generator/rule_plugin/benchmark:
 max_num_tokens)."""
+FP8_KV = ("trtllm",)
+"""Engines that keep K and V in fp8 when weights are. TensorRT-LLM takes the type of KV from the
+checkpoint, and NVIDIA's fp8 checkpoints name fp8; with bfloat16 the sample's largest runs on one
+GPU (Qwen3-32B, 128 users of 2,560 tokens: 84 GB beside 33 GB of weights) could not have run as
+they did, nobody waiting for memory."""
 GPU_BYTES = 80e9
 KV_SHARE = 0.9
 """Share of the GPU's memory that engines use by default; what weights leave of it holds KV."""
@@ -216,18 +221,21 @@ def _batch(point: Point) -> ClosedBatch:
     )  # fmt: skip
     weight_bytes = spec.n_params * (1 if point.dtype == "fp8" else 2)
     kv_bytes = KV_SHARE * GPU_BYTES * point.tp - weight_bytes
+    kv_dtype = "fp8" if point.dtype == "fp8" and point.engine in FP8_KV else "bfloat16"
+    token_bytes = spec.kv_bytes_per_token // (2 if kv_dtype == "fp8" else 1)
     full = point.n_prompt + point.n_output
     return ClosedBatch(
-        cost=_cost(spec, point.tp, point.dtype),
+        cost=_cost(spec, point.tp, point.dtype, kv_dtype),
         n_prompt=point.n_prompt,
         n_output=point.n_output,
         n_users=point.concurrency,
-        capacity=max(int(kv_bytes / (full * spec.kv_bytes_per_token)), 1),
+        capacity=max(int(kv_bytes / (full * token_bytes)), 1),
         token_budget=point.concurrency + point.n_prompt + BUDGET_TOKENS,
         mixed=point.engine not in PREFILL_ALONE,
     )
 
 
 @cache
-def _cost(spec: ModelSpec, tp: int, dtype: str) -> ModelCost:
-    return ModelCost(spec, KernelCost.load("H100-SXM"), tp, None if dtype == "bfloat16" else dtype)
+def _cost(spec: ModelSpec, tp: int, dtype: str, kv_dtype: str) -> ModelCost:
+    matrices = None if dtype == "bfloat16" else dtype
+    return ModelCost(spec, KernelCost.load("H100-SXM"), tp, matrices, kv_dtype)

@@ -226,7 +226,7 @@ def _limited(run: _Run, work: Parts, tier: str, rho: float, seed: int) -> dict[s
     limit = spec.kv_bytes_per_token / (rho * kept["recompute_s_per_token"])
     best = min(curves, key=lambda c: c.balanced(limit)[1])
     ratio, _ = best.balanced(limit)
-    plans = candidates(ratio, spec.n_layers, best.load_exact, **run.knobs)
+    plans = candidates(ratio, spec.n_layers, run.shape.chunk_tokens, best.load_exact, **run.knobs)
     config = TierConfig(tier, "dram", limit_bytes_per_s=limit)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,

@@ -1,4 +1,5 @@
-"""`cachetune tune`: search the simulator for a plan, confirm the best on the real runtime."""
+"""`cachetune tune`: search the simulator for a plan, confirm the best on the real runtime;
+`cachetune tune fleet`: search fleets for a trace."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from . import tune_fleet
 
 if TYPE_CHECKING:
     from ..core.hardware import HardwareProfile
@@ -21,8 +24,12 @@ CHUNK_TOKENS = 128
 SUFFIX_TOKENS = 32
 OUTPUT_TOKENS = 8
 
-_Profile = Annotated[Path, typer.Option(help="Profile of the machine, from `calibrate`.")]
-_Tier = Annotated[str, typer.Option(help="Where the chunks lie; several, joined by commas.")]
+_Profile = Annotated[
+    Path | None, typer.Option(help="Profile of the machine, from `calibrate`. Required.")
+]
+_Tier = Annotated[
+    str | None, typer.Option(help="Where the chunks lie; several, joined by commas. Required.")
+]
 _Out = Annotated[Path, typer.Option(help="Write the plan here.")]
 _Workload = Annotated[Path | None, typer.Option(help="Workload; without it, one is generated.")]
 _Trials = Annotated[int, typer.Option(min=1, help="Plans to sample in the simulator.")]
@@ -39,10 +46,15 @@ _Repeats = Annotated[int, typer.Option(min=1, help="Measured repeats of each con
 _Device = Annotated[str, typer.Option(help="Of --confirm: cpu, cuda or cuda:<i>.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 
+command = typer.Typer()
+command.command("fleet")(tune_fleet.command)
 
-def command(
-    profile: _Profile,
-    tier: _Tier,
+
+@command.callback(invoke_without_command=True)
+def plan(
+    context: typer.Context,
+    profile: _Profile = None,
+    tier: _Tier = None,
     out: _Out = Path("plan.json"),
     workload: _Workload = None,
     trials: _Trials = 200,
@@ -56,6 +68,11 @@ def command(
     device: _Device = "",
 ) -> None:
     """Find the fastest plan that keeps the quality floor, on the simulated machine."""
+    if context.invoked_subcommand is not None:
+        return
+    if profile is None or tier is None:
+        missing = "--profile" if profile is None else "--tier"
+        raise typer.BadParameter(f"a plan is tuned for a machine: missing option '{missing}'")
     from ..core.hardware import HardwareProfile
     from ..core.quality import QualityProfile
     from ..core.record import check_writable

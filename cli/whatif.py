@@ -20,7 +20,11 @@ _Traffic = Annotated[
 ]
 _Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms= and share= of requests that keep it.")]
 _Gpu = Annotated[str, typer.Option(help="GPUs, by commas: `cachetune catalogue list`.")]
-_Counts = Annotated[str, typer.Option(help="GPUs per replica (tensor parallel), by commas.")]
+_Counts = Annotated[
+    str,
+    typer.Option(help="GPUs of a replica, or of each of its stages (tensor parallel), by commas."),
+]
+_Stages = Annotated[str, typer.Option(help="Pipeline stages of a replica, by commas.")]
 _Disk = Annotated[str, typer.Option(help="Disks, by commas; none for none.")]
 _Network = Annotated[str, typer.Option(help="Networks to a shared store, by commas; none.")]
 _Policy = Annotated[str, typer.Option(help="Policies, by commas.")]
@@ -62,6 +66,7 @@ def command(
     slo: _Slo = "ttft_ms=1000,tpot_ms=50,share=0.99",
     gpu: _Gpu = "H100-SXM,L40S",
     n_gpus: _Counts = "1",
+    stages: _Stages = "1",
     disk: _Disk = "nvme-gen4",
     network: _Network = "none",
     policy: _Policy = "full_recompute,prefix_cache,cachetune",
@@ -106,6 +111,7 @@ def command(
         rows,
         gpus=gpu,
         n_gpus=n_gpus,
+        stages=stages,
         disks=disk,
         networks=network,
         policies=policy,

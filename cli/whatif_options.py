@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import CacheTuneError
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ..tuner.candidate import Candidate
 
 GIB = 1 << 30
+
+Made = TypeVar("Made")
 
 
 def names(text: str) -> list[str]:
@@ -96,6 +98,7 @@ def candidates(
     ratio: float,
     engine: dict[str, Any],
     overhead_ms: float,
+    stages: str = "1",
 ) -> list[Candidate]:
     """All combinations; what a policy does not use does not multiply it.
 
@@ -106,19 +109,21 @@ def candidates(
     from ..core.memory_sum import EngineMemory
 
     found: dict[str, Candidate] = {}
-    every = (gpus, n_gpus, disks, networks, policies, formats, weights, routers, evictions)
+    every = (gpus, n_gpus, stages, disks, networks, policies, formats, weights, routers, evictions)
     for chosen in product(*map(names, every)):
-        gpu, count, disk, network, policy, stored, weight, router, eviction = chosen
+        gpu, per_stage, stage, disk, network, policy, stored, weight, router, eviction = chosen
+        count = _count(per_stage, "GPUs"), _count(stage, "pipeline stages")
         machine = compose(
             catalogue,
             gpu,
-            n_gpus=_count(count),
+            n_gpus=count[0] * count[1],
             dram_limit_bytes=None if dram_gib is None else int(dram_gib * GIB),
             disk=None if disk == "none" else disk,
             network=None if network == "none" else network,
         )
         candidate = _checked(
             machine=machine,
+            stages=count[1],
             policy=policy,
             stored=stored,
             recompute_ratio=ratio,
@@ -128,7 +133,7 @@ def candidates(
             eviction=eviction,
         )
         if not candidate.reuses:
-            key = f"{gpu} {count} {weight} {policy} {router}"
+            key = f"{machine.gpu.name} {count} {weight} {policy} {router}"
         else:
             key = candidate.fingerprint()
         found.setdefault(key, candidate)
@@ -143,11 +148,11 @@ def _checked(**fields: Any) -> Candidate:
     return made(Candidate, fields, "the candidate")
 
 
-def _engine(kind: Any, fields: dict[str, Any]) -> Any:
+def _engine(kind: type[Made], fields: dict[str, Any]) -> Made:
     return made(kind, fields, "the engine")
 
 
-def made(kind: Any, fields: dict[str, Any], what: str) -> Any:
+def made(kind: type[Made], fields: dict[str, Any], what: str) -> Made:
     from pydantic import ValidationError
 
     from ..core.record import first_problem
@@ -159,11 +164,11 @@ def made(kind: Any, fields: dict[str, Any], what: str) -> Any:
         raise CacheTuneError(f"{what}: {text}", values=got, remedy="correct the option") from None
 
 
-def _count(text: str) -> int:
+def _count(text: str, what: str) -> int:
     try:
         count = int(text)
     except ValueError:
         count = 0
     if not 1 <= count <= 64:
-        raise CacheTuneError("the number of GPUs must be 1 to 64", values=repr(text))
+        raise CacheTuneError(f"the number of {what} must be 1 to 64", values=repr(text))
     return count

@@ -20,8 +20,8 @@ def page(answer: dict[str, Any]) -> str:
     traffic = ", ".join(f"{k} {v}" for k, v in answer["traffic"].items())
     about = (
         f"{question['model']['name']} · {traffic} · runs of "
-        f"{question['length']['horizon_s']:g} s, the first "
-        f"{100 * question['length']['warm_share']:g} % to warm the caches · "
+        f"{answer['runs']['horizon_s']:g} s, the first "
+        f"{100 * answer['runs']['warm_share']:g} % to warm the caches · "
         f"{len(question['seeds'])} seeds · simulated by CacheTune {answer['version']}"
     )
     assumptions = "".join(f"<li>{html.escape(a)}" for a in answer["assumptions"])

@@ -48,6 +48,8 @@ def run(
     if fresh:
         journal.unlink(missing_ok=True)
     asked = [] if what_if is None else changes(what_if)
+    for change in asked:  # a wrong value is told now, not after the candidates
+        change.apply(question, chosen[0], catalogue)
     with progress_bar() as tell:
 
         def swept(what: str, todo: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,6 +108,7 @@ def _answer(
         "sentence": sentence(question, winner),
         "aside": aside,
         "question": question.model_dump(mode="json"),
+        "runs": question.runs.model_dump(mode="json"),
         "traffic": question.traffic.provenance,
         "best": winner["fingerprint"] if winner else None,
         "rows": list(rows),
@@ -122,12 +125,16 @@ def _assumptions() -> list[str]:
         f"{HOST_BYTES >> 30} GiB of each host's DRAM are not for KV (assumed)",
         f"host time per step {1e3 * OVERHEAD_S:g} ms unless given (vLLM 0.19, one machine)",
         "disks, memory and network come with the rented GPU unless they have a price",
-        "intervals hold two things: samples of traffic (95 % nominal, bootstrap over seeds and "
-        "batches of requests) and the cost model (all kernels at one end of their 90 % interval); "
-        "the two are independent, so their logarithms add in squares",
+        "intervals hold two things: samples of traffic (95 % nominal; requests count as fewer, as "
+        "their failures come in bursts) and the cost model (all kernels at one end of their 90 % "
+        "interval); the two are independent, so their logarithms add in squares",
         "the best is the cheapest at the unfavourable end of its interval; replicas to be sure are "
         "for kernels at their slow end and traffic at its hard end",
+        "a rate squeezes the arrivals of a trace, bursts included; the queue of a rate that is "
+        "carried grows by at most 5 % of the time",
         "dollars per million tokens count prompt and output together",
+        "a pipeline's stages have equally many layers and are never idle; memory is that of the "
+        "first or last, with the embedding or the head",
         "quality of answers is not simulated: hold the policy and ratio against its measurement",
     ]
 

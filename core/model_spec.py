@@ -39,6 +39,9 @@ class ModelSpec(Record):
     max_position: int = Field(gt=0)
     dtype: Dtype = "bfloat16"
     rope_kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    """Where layers differ, that of the first layer which is not `default`."""
+    rope_bases: tuple[float, ...] = ()
+    """RoPE's base layer by layer, where layers differ in their RoPE."""
     sliding_window: int | None = None
     stored: Stored = "native"
     """What the chunk store keeps of K and V: `dtype` as it is, or codes of so many bits."""
@@ -50,6 +53,11 @@ class ModelSpec(Record):
                 f"head_dim must be a multiple of 16 to be stored as {self.stored}, "
                 f"got {self.head_dim}"
             )
+        if len(self.rope_bases) not in (0, self.n_layers):
+            raise ValueError(
+                "rope_bases must name a base for every layer or none, got "
+                f"{len(self.rope_bases)} for {self.n_layers} layers"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 "n_heads must be a multiple of n_kv_heads, got "
@@ -60,6 +68,8 @@ class ModelSpec(Record):
     def fingerprint(self) -> str:
         """Of the model itself: however its KV is stored, it is the same."""
         data = self.model_dump(mode="json", exclude={"stored"})
+        if not self.rope_bases:  # as it was before layers could differ: stores keep their keys
+            del data["rope_bases"]
         return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:16]
 
     @property
@@ -135,15 +145,9 @@ def _spec_of(config: Mapping[str, Any], name: str) -> ModelSpec:
             values=f"model_type={family!r}",
             remedy="use a model of a supported family",
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
-    if kind not in ROPE_KINDS or "mrope_section" in rope:
-        why = "it depends on the prompt length or on several axes, so cached K cannot be moved"
-        raise ModelError(
-            f"the RoPE kind must be one of {', '.join(ROPE_KINDS)}",
-            values=f"rope_type={'mrope' if 'mrope_section' in rope else kind!r}",
-            remedy=f"{why}; use another model",
-        )
+    by_layer = rope_by_layer(config)
+    kinds = [_rope_kind(rope) for rope in by_layer or [_rope(config)]]
+    kind = next((k for k in kinds if k != "default"), "default")
     n_heads = int(config["num_attention_heads"])
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
@@ -160,5 +164,46 @@ def _spec_of(config: Mapping[str, Any], name: str) -> ModelSpec:
         max_position=int(config.get("max_position_embeddings", 2048)),
         dtype=dtype.removeprefix("torch."),  # type: ignore[arg-type]
         rope_kind=kind,  # type: ignore[arg-type]
+        rope_bases=tuple(float(rope["rope_theta"]) for rope in by_layer),
         sliding_window=int(window) if window else None,
     )
+
+
+def rope_by_layer(config: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The RoPE parameters of each layer, its base included, where `config.json` has them by layer
+    type; empty where all layers share one set.
+
+    Raises:
+        ModelError: a layer whose type has none.
+    """
+    rope = _rope(config)
+    if not any(isinstance(value, Mapping) for value in rope.values()):
+        return ()
+    types = list(config.get("layer_types") or ())
+    missing = sorted({str(t) for t in types if not isinstance(rope.get(t), Mapping)})
+    if len(types) != int(config["num_hidden_layers"]) or missing:
+        raise ModelError(
+            "RoPE parameters by layer type need the type of every layer, and parameters for each",
+            values=f"{len(types)} layer_types, {config['num_hidden_layers']} layers, parameters of "
+            f"{', '.join(map(str, rope))}" + (f", none of {', '.join(missing)}" if missing else ""),
+            remedy="use a model all of whose layers turn K",
+        )
+    base = config.get("rope_theta", rope.get("rope_theta", 10000.0))
+    return tuple({"rope_theta": base, **rope[t]} for t in types)
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return found
+
+
+def _rope_kind(rope: Mapping[str, Any]) -> str:
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    if kind not in ROPE_KINDS or "mrope_section" in rope:
+        why = "it depends on the prompt length or on several axes, so cached K cannot be moved"
+        raise ModelError(
+            f"the RoPE kind must be one of {', '.join(ROPE_KINDS)}",
+            values=f"rope_type={'mrope' if 'mrope_section' in rope else kind!r}",
+            remedy=f"{why}; use another model",
+        )
+    return kind

@@ -9,6 +9,18 @@ from .workload import Request
 
 
 @dataclass(frozen=True, slots=True)
+class HostWait:
+    """A thread of the host waited for a device, on the timeline's clock."""
+
+    device: int
+    why: str
+    start_ns: int
+    end_ns: int
+    stream: str = ""
+    """Whose end it was, if one stream's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Timeline:
     """Spans in the order they ended, on one clock that read `start_ns` at the beginning."""
 
@@ -16,6 +28,8 @@ class Timeline:
     start_ns: int
     requests: tuple[Request, ...]
     label: str = ""
+    waits: tuple[HostWait, ...] = ()
+    """All of the run, in the order they ended; none where ops run on the host itself."""
 
     @property
     def end_ns(self) -> int:

@@ -1,20 +1,21 @@
 """Timelines as files: Chrome trace events to look at, raw spans to compute from again.
 
 The trace opens in ui.perfetto.dev and chrome://tracing: a process per device, a thread per
-stream, a slice per op, an arrow per dependency. Source: the Trace Event Format document.
+stream, a slice per op, an arrow per dependency, an instant where the host has waited for a device.
+Source: the Trace Event Format document.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, astuple, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import SchemaError
 from .ops import NOTHING, Op, Outcome, Segment, Span
 from .record import canonical_json, write_atomic
-from .timeline import Timeline
+from .timeline import HostWait, Timeline
 from .units import NS_PER_US
 from .workload import Request
 
@@ -35,6 +36,7 @@ def to_chrome(timeline: Timeline) -> dict[str, Any]:
             if dep in by_id:
                 events += _arrow(by_id[dep], span, n_arrows, lanes, timeline.start_ns)
                 n_arrows += 1
+    events += [_instant(wait, lanes, timeline.start_ns) for wait in timeline.waits]
     for request in timeline.requests:
         at_us = request.arrival_ns / NS_PER_US
         name = f"arrival {request.request_id}"
@@ -94,6 +96,21 @@ def _slice(span: Span, lanes: dict[tuple[int, str], int], start_ns: int) -> dict
     }
 
 
+def _instant(wait: HostWait, lanes: dict[tuple[int, str], int], start_ns: int) -> dict[str, Any]:
+    """Where the wait ended: on the lane of its stream, else on the device's own."""
+    tid = lanes.get((wait.device, wait.stream), 0)
+    return {
+        "ph": "i",
+        "s": "t" if tid else "p",
+        "name": f"sync: {wait.why}",
+        "cat": "sync",
+        "pid": wait.device,
+        "tid": tid,
+        "ts": (wait.end_ns - start_ns) / NS_PER_US,
+        "args": {"wait_us": (wait.end_ns - wait.start_ns) / NS_PER_US},
+    }
+
+
 _ARGS = frozenset(
     ("request_ids", "n_tokens", "n_pairs", "n_bytes", "n_reads", "tier", "chunks", "attempt")
 )
@@ -122,13 +139,15 @@ def _arrow(
 
 def write_spans(path: str | Path, timeline: Timeline) -> None:
     """Write raw spans as JSON lines: a header with the requests, then one span per line."""
-    header = {
+    header: dict[str, Any] = {
         "document": "spans",
         "schema_version": SPANS_VERSION,
         "label": timeline.label,
         "start_ns": timeline.start_ns,
         "requests": [r.model_dump(mode="json", exclude_defaults=True) for r in timeline.requests],
     }
+    if timeline.waits:
+        header["waits"] = [astuple(wait) for wait in timeline.waits]
     lines = [canonical_json(header)]
     for span in timeline.spans:
         line: dict[str, Any] = {
@@ -162,6 +181,7 @@ def read_spans(path: str | Path) -> Timeline:
                     Request.model_validate_json(json.dumps(r)) for r in head["requests"]
                 ),
                 label=head["label"],
+                waits=tuple(HostWait(*wait) for wait in head.get("waits", ())),
             )
     except OSError as e:
         raise SchemaError(

@@ -22,6 +22,8 @@ from . import pack as pack_gpu
 from . import restore as restore_gpu
 from . import sparse_attention as sparse_gpu
 from .codes import FP8
+from .key_bitmap import KeyBitmap
+from .tile_plan import TilePlan, plan_tiles
 
 Inputs = dict[str, Any]
 SPARE_SLOTS = 16
@@ -61,19 +63,22 @@ def _positions(n_q: int, n_keys: int, clustered: bool) -> Tensor:
     return torch.cat([front, back]).sort().values
 
 
+def _kept(pos: Tensor, n_slots: int) -> Tensor:
+    """bool [n_slots]: chunks of 200 keys, one in four missing, one in four with every third key;
+    the first query sees nothing. The same for every seed, as the positions are."""
+    chunk = torch.arange(n_slots) // 200 % 4
+    kept = (chunk == 1) | (chunk == 3) | ((chunk == 2) & (torch.arange(n_slots) % 3 == 0))
+    kept[: int(pos[0]) + 1] = False
+    return kept
+
+
 def _make_sparse(
     seed: int, device: str, *, dtype: str, n_q: int, n_keys: int, heads: int, kv_heads: int,
     head_dim: int, window: int | None = None, holes: bool = False, clustered: bool = False,
 ) -> Inputs:  # fmt: skip
     pos = _positions(n_q, n_keys, clustered)
-    keep = None
-    if holes:
-        generator = torch.Generator().manual_seed(seed)
-        keep = torch.rand(n_keys + SPARE_SLOTS, generator=generator) > 0.25
-        keep[: int(pos[0]) + 1] = False  # the first query sees nothing
-    plan = sparse_gpu.plan_tiles(
-        pos, n_keys, heads, kv_heads, head_dim, window, dtype=getattr(torch, dtype)
-    )
+    kept = _kept(pos, n_keys + SPARE_SLOTS) if holes else None
+    plan = plan_tiles(pos, n_keys, heads, kv_heads, head_dim, window, dtype=getattr(torch, dtype))
     moved = {"items": plan.items.to(device), "positions": plan.positions.to(device)}
     kv = [
         _random(seed + i, device, dtype, kv_heads, n_keys + SPARE_SLOTS, head_dim) for i in (1, 2)
@@ -81,8 +86,8 @@ def _make_sparse(
     if device != "meta":
         for x in kv:  # slots not in use and slots left out may hold anything
             x[:, n_keys:] = float("nan")
-            if keep is not None:
-                x[:, ~keep] = float("nan")
+            if kept is not None:
+                x[:, ~kept] = float("nan")
     return {
         "q": _random(seed, device, dtype, n_q, heads, head_dim),
         "k": kv[0],
@@ -91,8 +96,8 @@ def _make_sparse(
         "n_keys": n_keys,
         "scale": head_dim**-0.5,
         "window": window,
-        "keep": None if keep is None else keep.to(device),
-        "plan": sparse_gpu.TilePlan(**{**vars(plan), **moved}),
+        "holes": None if kept is None else KeyBitmap.of(kept).to(device),
+        "plan": TilePlan(**{**vars(plan), **moved}),
     }
 
 
@@ -104,21 +109,25 @@ def _sparse_work(
     *, dtype: str, n_q: int, n_keys: int, heads: int, kv_heads: int, head_dim: int,
     window: int | None = None, holes: bool = False, clustered: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
-    seen = (_positions(n_q, n_keys, clustered) + 1).clamp(max=window or n_keys)
+    pos = _positions(n_q, n_keys, clustered)
+    kept = _kept(pos, n_keys) if holes else torch.ones(n_keys, dtype=torch.bool)
+    before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+    seen = before[pos + 1] - before[(pos + 1 - (window or n_keys)).clamp(min=0)]
     size = getattr(torch, dtype).itemsize
-    moved = 2 * size * head_dim * (n_keys * kv_heads + n_q * heads)
+    moved = 2 * size * head_dim * (int(kept.sum()) * kv_heads + n_q * heads)
     return moved, 4 * head_dim * heads * int(seen.sum())
 
 
 def _make_restore(
     seed: int, device: str, *, dtype: str, n: int, kv_heads: int, head_dim: int, k_bits: int,
-    v_bits: int, rotary_dim: int | None = None, interleaved: bool = False,
+    v_bits: int, rotary_dim: int | None = None, interleaved: bool = False, chunk: int | None = None,
 ) -> Inputs:  # fmt: skip
     slots = n + SPARE_SLOTS
     pairs = (rotary_dim or head_dim) // 2
     inv_freq = ROPE_BASE ** -(torch.arange(pairs) / pairs)
     tables = reference.rope_tables(inv_freq, torch.arange(slots))
     order = torch.randperm(slots, generator=torch.Generator().manual_seed(seed))
+    order[:n][~_filled(n, chunk)] = -1
     shape = (n, kv_heads, head_dim)
     values = [_random(seed + i, device, dtype, *shape) for i in (1, 2)]
     return {
@@ -131,6 +140,12 @@ def _make_restore(
         "sin_table": tables[1].to(device),
         "interleaved": interleaved,
     }
+
+
+def _filled(n: int, chunk: int | None) -> Tensor:
+    """bool [n]: rows that hold a token, where each chunk's are filled up to whole groups."""
+    size = chunk or n
+    return torch.arange(n) % (-(-size // packing.GROUP) * packing.GROUP) < size
 
 
 def _stored(x: Tensor, bits: int, per: packing.Per) -> Tensor | packing.Packed:
@@ -166,8 +181,9 @@ def _restore_launch(x: Inputs) -> tuple[Tensor, ...]:
 
 def _restore_work(
     *, dtype: str, n: int, kv_heads: int, head_dim: int, k_bits: int, v_bits: int,
-    rotary_dim: int | None = None, interleaved: bool = False,
+    rotary_dim: int | None = None, interleaved: bool = False, chunk: int | None = None,
 ) -> tuple[int, int]:  # fmt: skip
+    n = int(_filled(n, chunk).sum())
     size, values = getattr(torch, dtype).itemsize, n * kv_heads * head_dim
     read = sum(_stored_bytes(values, bits, size) for bits in (k_bits, v_bits))
     tables = 4 * n * (rotary_dim or head_dim)

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arch import processors
-from .sparse_attention import LOG2E, TileConfig, _visit, merge_kernel
+from .sparse_attention import LOG2E, _visit, merge_kernel
+from .tile_plan import TileConfig
 
 MAX_SPLITS = 32
 
@@ -61,12 +62,12 @@ def decode_pooled_kernel(
     v_head = v_ptr + kv_head * stride_h + base * stride_n
     if not WINDOWED:
         acc, row_max, row_sum = _visit(
-            acc, row_max, row_sum, q, k_head, v_head, n_keys_ptr, first, full, limit, floor,
-            n_keys, stride_n, scale_log2, False, WINDOWED, False, BLOCK_N, D, D_PAD, PRECISION,
+            acc, row_max, row_sum, q, k_head, v_head, first, full, limit, floor, n_keys,
+            stride_n, scale_log2, False, WINDOWED, BLOCK_N, D, D_PAD, PRECISION,
         )  # fmt: skip
     acc, row_max, row_sum = _visit(
-        acc, row_max, row_sum, q, k_head, v_head, n_keys_ptr, full, last, limit, floor,
-        n_keys, stride_n, scale_log2, True, WINDOWED, False, BLOCK_N, D, D_PAD, PRECISION,
+        acc, row_max, row_sum, q, k_head, v_head, full, last, limit, floor, n_keys,
+        stride_n, scale_log2, True, WINDOWED, BLOCK_N, D, D_PAD, PRECISION,
     )  # fmt: skip
 
     empty = row_sum == 0.0

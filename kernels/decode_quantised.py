@@ -17,7 +17,8 @@ from torch import Tensor
 from .arch import processors
 from .codes import load_keys, load_values
 from .decode_reference import PagePool, PageTable, Window, check_decode
-from .sparse_attention import LOG2E, MAX_SPLITS, merge_kernel
+from .sparse_attention import LOG2E, merge_kernel
+from .tile_plan import MAX_SPLITS
 
 
 @triton.jit

@@ -77,7 +77,13 @@ def _mask(x: Inputs) -> Tensor:
     seen = columns <= at
     if x["window"] is not None:
         seen = seen & (columns > at - x["window"])
-    return seen if x["keep"] is None else seen & x["keep"][: x["n_keys"]]
+    kept = _kept(x)
+    return seen if kept is None else seen & kept[: x["n_keys"]]
+
+
+def _kept(x: Inputs) -> Tensor | None:
+    """A byte per key, as masks of others take it."""
+    return None if x["holes"] is None else x["holes"].kept()
 
 
 def _token_major(out: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +123,7 @@ def _flex(x: Inputs) -> Action:
 
     q, k, v = _heads_first(x)
     # By name: a compiler follows tensors into a closure, not into a dictionary.
-    positions, window, keep = x["positions"], x["window"], x["keep"]
+    positions, window, keep = x["positions"], x["window"], _kept(x)
 
     def visible(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         seen = column <= positions[row]
@@ -140,7 +146,7 @@ def _compiled_attention(x: Inputs) -> Action:
     q, k, v = _heads_first(x)
     group = q.shape[1] // k.shape[1]
     positions, columns = x["positions"], torch.arange(x["n_keys"], device=q.device)
-    window, keep, scale = x["window"], x["keep"], x["scale"]
+    window, keep, scale = x["window"], _kept(x), x["scale"]
 
     def block(rows: Tensor, at: Tensor) -> Tensor:
         seen = columns[None] <= at[:, None]
@@ -169,12 +175,19 @@ def _compiled_attention(x: Inputs) -> Action:
 
 
 def _restore(case: KernelCase, on_gpu: bool) -> dict[str, Peer]:
-    found = {"plain torch, index_copy_": Peer(lambda x: lambda: _restore_plain(x))}
+    found = {"plain torch, index_copy_": Peer(lambda x: _on_rows(x, _restore_plain))}
     if on_gpu:
         compiled = torch.compile(_restore_plain)
-        found["torch.compile of plain torch"] = Peer(lambda x: lambda: compiled(x))
+        found["torch.compile of plain torch"] = Peer(lambda x: _on_rows(x, compiled))
         found["our reference, eager"] = Peer(lambda x: lambda: _restore_eager(x))
     return found
+
+
+def _on_rows(x: Inputs, restore: Callable[..., tuple[Tensor, ...]]) -> Action:
+    """Which rows hold a token is known beforehand; None for all of them."""
+    filled = x["positions"] >= 0
+    rows = None if bool(filled.all()) else filled.nonzero().flatten()
+    return lambda: restore(x, rows)
 
 
 def _unpacked(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -188,10 +201,12 @@ def _restore_eager(x: Inputs) -> tuple[Tensor, ...]:
     return x["k_out"], x["v_out"]
 
 
-def _restore_plain(x: Inputs) -> tuple[Tensor, ...]:
+def _restore_plain(x: Inputs, rows: Tensor | None) -> tuple[Tensor, ...]:
     """RoPE as anybody writes it, and a scatter: a check of ours, and food for a compiler."""
     k, v = _unpacked(x)
     at = x["positions"]
+    if rows is not None:
+        k, v, at = k[rows], v[rows], at[rows]
     cos, sin = x["cos_table"][at][:, None], x["sin_table"][at][:, None]
     part, rest = k[..., : 2 * cos.shape[-1]], k[..., 2 * cos.shape[-1] :]
     if x["interleaved"]:
@@ -200,8 +215,8 @@ def _restore_plain(x: Inputs) -> tuple[Tensor, ...]:
     else:
         a, b = part.chunk(2, -1)
         turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    for out, rows in ((x["k_out"], torch.cat([turned, rest], -1)), (x["v_out"], v)):
-        out.index_copy_(1, at, rows.to(out.dtype).transpose(0, 1))
+    for out, new in ((x["k_out"], torch.cat([turned, rest], -1)), (x["v_out"], v)):
+        out.index_copy_(1, at, new.to(out.dtype).transpose(0, 1))
     return x["k_out"], x["v_out"]
 
 

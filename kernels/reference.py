@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.ops import QUERY_BLOCK
+from .key_bitmap import KeyBitmap
 from .packing import Packed, unpack
 
 # Tokens at a time, so that what lies between two steps stays in the CPU's cache.
@@ -102,7 +103,8 @@ def restore(
 
     Args:
         k_raw, v_raw: ``[n, HK, D]``; K before RoPE.
-        positions: int64 ``[n]``, each once, in any order: the slot and the angle.
+        positions: int64 ``[n]``, each once, in any order: the slot and the angle. Rows whose
+            position is negative only fill up a group, and are left out.
         k_out, v_out: ``[HK, n_slots, D]``; slot ``positions[i]`` receives token ``i``.
         cos_table, sin_table: fp32 ``[> max position, R/2]``, indexed by position; or
         inv_freq: ``[R/2]``, from which the needed rows are computed here.
@@ -119,8 +121,11 @@ def restore(
             f"and k_out; got {tuple(k_raw.shape)}, {tuple(v_raw.shape)}: transpose to token-major"
         )
     for start in range(0, positions.numel(), RESTORE_BLOCK):
-        part = slice(start, start + RESTORE_BLOCK)
+        part: slice | Tensor = slice(start, start + RESTORE_BLOCK)
         at = positions[part]
+        if bool((at < 0).any()):
+            part = start + (at >= 0).nonzero().flatten()
+            at = positions[part]
         if inv_freq is not None:
             cos, sin = rope_tables(inv_freq, at, attention_scaling)
         else:
@@ -169,7 +174,7 @@ def sparse_attention(
     n_keys: int,
     scale: float,
     window: int | None = None,
-    keep: Tensor | None = None,
+    holes: KeyBitmap | None = None,
 ) -> Tensor:
     """Selected queries attend to the full KV buffer, causal by *position*, not by row.
 
@@ -178,12 +183,12 @@ def sparse_attention(
     Args:
         q: ``[n_q, H, D]``, after RoPE.
         k, v: ``[HK, n_slots, D]``, K after RoPE. Every slot up to the last position in use must be
-            finite, also for the queries before it (0 * NaN is NaN), unless ``keep`` drops it.
+            finite, also for the queries before it (0 * NaN is NaN), unless it is a hole.
         positions: int64 ``[n_q]``, sorted ascending.
         n_keys: slots in use.
         scale: multiplies the scores, usually ``D ** -0.5``.
         window: keys seen at most, the query's own included; ``None`` for all.
-        keep: bool ``[n_slots]``; keys that are False are left out of attention. ``None`` keeps all.
+        holes: keys whose bit is 0 are left out of attention. ``None``: no holes.
 
     Returns:
         ``[n_q, H, D]`` in ``q.dtype``. A query that sees no key gives 0.
@@ -203,9 +208,9 @@ def sparse_attention(
             "torch.sort, apply its indices to q, and undo them on the output"
         )
     slot = torch.arange(n_keys, device=q.device)
-    if keep is not None:
+    if holes is not None:
         # Compressed, because a slot left out may hold NaN, which a mask would let through.
-        slot = slot[keep[:n_keys]]
+        slot = slot[holes.kept()[:n_keys]]
         k, v = k.index_select(1, slot), v.index_select(1, slot)
     out = q.new_zeros(n_q, h, d)
     for start in range(0, n_q, QUERY_BLOCK):

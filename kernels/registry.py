@@ -86,6 +86,7 @@ def _case(
 def _sparse() -> list[KernelCase]:
     base = {"n_q": 4096, "n_keys": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128}
     small = {"n_q": 19, "n_keys": 150, "heads": 6, "kv_heads": 2, "head_dim": 64}
+    holed = {"n_keys": 1000, "holes": True}
     full = partial(_case, "sparse_attention", dtype="bfloat16", expects="wide_mma vector pipelined")
     narrow = partial(_case, "sparse_attention", dtype="bfloat16", expects="mma vector pipelined")
     tiny = partial(_case, "sparse_attention", tiny=True)
@@ -94,6 +95,7 @@ def _sparse() -> list[KernelCase]:
         full(label="d128_g4_clustered", shapes=base | {"clustered": True}),
         full(label="d128_g4_window", shapes=base | {"window": 4096}),
         full(label="d128_g4_holes", shapes=base | {"holes": True}),
+        full(label="d128_g4_holes_window", shapes=base | {"holes": True, "window": 4096}),
         full(label="d128_g7", shapes=base | {"heads": 28, "kv_heads": 4}),
         full(label="d64_g8", shapes=base | {"head_dim": 64, "kv_heads": 4}),
         full(label="d80_g1", shapes=base | {"head_dim": 80, "kv_heads": 32}),
@@ -103,11 +105,14 @@ def _sparse() -> list[KernelCase]:
         _case("sparse_attention", "d128_g4_fp32", "float32", base, "mma"),
         narrow(label="d128_g4_split", shapes=base | {"n_q": 4}),
         narrow(label="d128_g4_one", shapes=base | {"n_q": 1}),
+        narrow(label="d128_g4_holes_one", shapes=base | {"n_q": 1, "holes": True}),
         narrow(label="d256_g2_one", shapes=base | {"n_q": 1, "head_dim": 256, "heads": 16}),
         tiny(label="d64_g3", dtype="float32", shapes=small),
         tiny(label="d64_g3_half", dtype="float16", shapes=small),
         tiny(label="d80_window", dtype="float32", shapes=small | {"head_dim": 80, "window": 40}),
-        tiny(label="d96_holes", dtype="float32", shapes=small | {"head_dim": 96, "holes": True}),
+        tiny(label="d96_holes", dtype="float32", shapes=small | holed | {"head_dim": 96}),
+        tiny(label="d64_holes_window", dtype="float16", shapes=small | holed | {"window": 300}),
+        tiny(label="d64_holes_split", dtype="float32", shapes=small | holed | {"n_q": 2}),
         tiny(label="d128_split", dtype="float32", shapes=small | {"n_q": 2, "n_keys": 700}),
         tiny(label="d256", dtype="float16", shapes=small | {"n_q": 5, "head_dim": 256}),
         tiny(label="d64_one", dtype="float32", shapes=small | {"n_q": 1}),
@@ -125,6 +130,7 @@ def _restore() -> list[KernelCase]:
         full(label="raw", shapes=base | {"k_bits": 16, "v_bits": 16}),
         full(label="fp8", shapes=base | {"k_bits": FP8, "v_bits": FP8}),
         full(label="k8_v8", shapes=base | {"k_bits": 8, "v_bits": 8}),
+        full(label="k4_v4_chunks", shapes=base | {"chunk": 500}),
         full(label="k2_v2", shapes=base | {"k_bits": 2, "v_bits": 2}),
         plain(label="k3_v3", shapes=base | {"k_bits": 3, "v_bits": 3}),
         plain(label="k4_v2_partial", shapes=base | {"v_bits": 2, "rotary_dim": 64}),
@@ -136,6 +142,7 @@ def _restore() -> list[KernelCase]:
         tiny(label="fp8", dtype="float32", shapes=small | _bits(FP8, FP8, rotary_dim=32)),
         tiny(label="k8_v3_d96", dtype="float32", shapes=small | _bits(8, 3, head_dim=96)),
         tiny(label="k3_v8_partial", dtype="float32", shapes=small | _bits(3, 8, rotary_dim=32)),
+        tiny(label="k4_v2_chunks", dtype="float32", shapes=small | {"n": 128, "chunk": 45}),
         tiny(label="k2_v4_pairs", dtype="float32", shapes=small | _bits(2, 4, interleaved=True)),
     ]
 

@@ -30,8 +30,8 @@ def restore_kernel(
     block = tl.program_id(1).to(tl.int64)
     head = tl.program_id(2).to(tl.int64)
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    live = token < n_tokens
-    pos = tl.load(pos_ptr + token, mask=live, other=0).to(tl.int64)
+    pos = tl.load(pos_ptr + token, mask=token < n_tokens, other=-1).to(tl.int64)
+    live = (token < n_tokens) & (pos >= 0)
     row = (token * n_heads + head)[:, None]
     group = block * n_heads + head
     target = head * stride_h + pos[:, None] * stride_n
@@ -92,7 +92,8 @@ def restore(
     Args:
         k, v: ``[n, HK, D]``, each values (also ``float8_e4m3fn``) or packed (bit widths may
             differ); K before RoPE.
-        positions: int32 or int64 ``[n]``, each once, any order.
+        positions: int32 or int64 ``[n]``, each once, any order; negative ones are rows that fill
+            up the last group of one of several chunks, and go nowhere.
         k_out, v_out: ``[HK, n_slots, D]`` with equal strides.
         cos_table, sin_table: fp32 ``[> max position, R/2]``; ``R <= D`` channels rotate.
 

@@ -1,6 +1,6 @@
 """`CudaDevice`: streams, events, pinned pages and Triton kernels of one GPU.
 
-Nothing here makes the host wait but what counts itself in `host_waits`.
+Nothing here makes the host wait but what says so by `waiting`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COPY_BELOW_ROWS = 16
 
 if TYPE_CHECKING:
     from ..kernels.packing import Packed
-    from ..kernels.sparse_attention import TilePlan
+    from ..kernels.tile_plan import TilePlan
     from .attention import Rows
 
 
@@ -168,12 +168,12 @@ class CudaDevice(Device):
 
     def to_host(self, here: Tensor, why: str) -> Tensor:
         """See `Device`."""
-        self.host_waits[why] += 1
         host = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)
         out = self.stream(COPY_OUT)
         out.follow(CudaMark(torch.cuda.current_stream(self.torch)))
         out.run(lambda: host.copy_(here, non_blocking=True))
-        out.mark().wait()
+        with self.waiting(why):
+            out.mark().wait()
         return host
 
     def move(self, other: Tensor) -> Tensor:
@@ -190,14 +190,13 @@ class CudaDevice(Device):
 
     def synchronise(self, why: str) -> None:
         """See `Device`."""
-        self.host_waits[why] += 1
-        torch.cuda.synchronize(self.torch)
+        with self.waiting(why):
+            torch.cuda.synchronize(self.torch)
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """See `Device`. What `work` allocates stays the graph's own."""
-        self.host_waits["capture"] += 1
         # torch captures on a stream of the current device, and keeps one for all devices by itself.
-        with self.current():
+        with self.waiting("capture"), self.current():
             graph = torch.cuda.CUDAGraph()
             side = self.stream("capture").torch
             # Other threads go on allocating and copying; only this one's calls are captured.
@@ -237,7 +236,7 @@ class CudaDevice(Device):
             return sparse_attention(q, k, v, rows.positions, rows.n_keys, scale, window, plan=plan)
 
     def _plan(self, rows: Rows, q: Tensor, k: Tensor, window: int | None) -> TilePlan:
-        from ..kernels.sparse_attention import plan_tiles
+        from ..kernels.tile_plan import plan_tiles
 
         shape = (rows.n_keys, q.shape[1], k.shape[0], q.shape[2], window)
         if rows.host is None:

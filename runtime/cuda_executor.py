@@ -10,19 +10,21 @@ of the devices' events, on the host's clock.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from ..core.ops import NOTHING, Op, Outcome, Span
+from ..core.timeline import HostWait
 from .device import COPY_IN, Stream
 from .event_clock import EventClock
-from .executor import Item, Lane, SessionSource, WorkerExecutor
-from .handlers import Handlers, Made
+from .executor import Item, Lane, WorkerExecutor
+from .handlers import Made
 from .session import Session
 
 IN_FLIGHT = 2
@@ -53,13 +55,7 @@ class _Task:
 class CudaExecutor(WorkerExecutor):
     """The real executor on one GPU, or on several as pipeline stages."""
 
-    def __init__(
-        self,
-        handlers: Handlers | Sequence[Handlers],
-        source: SessionSource,
-        on_end: Callable[[Session], None] | None = None,
-    ) -> None:
-        super().__init__(handlers, source, on_end)
+    def _prepare(self) -> None:
         self._devices = [h.device for h in self._handlers]
         for device in self._devices:
             device.synchronise("executor")  # its streams do not wait for what torch's default did
@@ -70,6 +66,11 @@ class CudaExecutor(WorkerExecutor):
         """Ops that have not ended."""
         self._places: dict[Lane, threading.Semaphore] = {}
         self._making = threading.Lock()
+        for stage, device in enumerate(self._devices):
+            device.on_wait = partial(self._note, stage)
+
+    def _note(self, stage: int, wait: HostWait) -> None:
+        self._waits.append(replace(wait, device=stage))
 
     def close(self) -> None:
         """See `WorkerExecutor`; what was launched has ended then."""
@@ -79,6 +80,8 @@ class CudaExecutor(WorkerExecutor):
                 stream.mark().wait()
             stream.close()
         self._streams.clear()
+        for device in self._devices:
+            device.on_wait = None
 
     def _register(self, op: Op) -> None:
         deps = [task for d in op.deps if (task := self._tasks.get(d)) is not None]
@@ -168,7 +171,8 @@ class CudaExecutor(WorkerExecutor):
         free_ns = 0
         while (task := queue.get()) is not None:
             try:
-                task.end.wait()
+                with self._devices[lane[0]].waiting(f"end of {task.op.kind}", lane[1]):
+                    task.end.wait()
                 outcome = self._outcome(task)
                 span = self._span(task, lane[0], free_ns, outcome)
             except BaseException as e:

@@ -2,14 +2,17 @@
 
 On the CPU everything has happened when a call returns. On a GPU work is queued: what a stream runs
 has happened once a mark made behind it is done. Whoever makes the host wait for a device says why,
-and is counted.
+is counted, and stands in the trace of the run.
 """
 
 from __future__ import annotations
 
 import mmap
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ..core.errors import CacheTuneError
 from ..core.layout import ALIGN_BYTES
+from ..core.timeline import HostWait
 from ..kernels import reference
 from ..kernels.decode_reference import decode_pooled
 from ..kernels.packing import Packed
@@ -84,6 +88,21 @@ class Device:
         self.torch = torch.device("cpu")
         self.host_waits: Counter[str] = Counter()
         """How often the host waited for the device, by reason."""
+        self._counting = threading.Lock()
+        self.on_wait: Callable[[HostWait], object] | None = None
+        """Told of every wait, while a run is traced."""
+
+    @contextmanager
+    def waiting(self, why: str, stream: str = "") -> Iterator[None]:
+        """Within the block this thread of the host waits for the device, or for one stream."""
+        start_ns = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            with self._counting:
+                self.host_waits[why] += 1
+            if self.on_wait is not None:
+                self.on_wait(HostWait(self.index, why, start_ns, time.perf_counter_ns(), stream))
 
     @property
     def copy_from_bytes(self) -> int:

@@ -13,18 +13,23 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Literal, Self
 
 import torch
 
 from ..core.ops import NOTHING, Op, Outcome, Span
+from ..core.timeline import HostWait
 from .cores import bind
 from .handlers import Handlers, Made
 from .session import Session
 
 SessionSource = Callable[[int, int], Session]
 """Opens the session of (request id, attempt)."""
+
+START_S = 5.0
+"""Longest time in which a thread that was asked for shows itself."""
 
 Item = tuple[Op, int, int]
 """An op, its place in submission order, and when it was submitted."""
@@ -87,12 +92,14 @@ class WorkerExecutor(ABC):
         self._queues: dict[Lane, SimpleQueue[Item | None]] = {}
         self._threads: list[threading.Thread] = []
         self._finished: deque[Span] = deque()
+        self._waits: list[HostWait] = []
         self._changed = threading.Condition()
         self._in_flight = 0
         self._seq = 0
         self._error: BaseException | None = None
         self._stopping = False
         self._closed = False
+        self._prepare()
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +147,10 @@ class WorkerExecutor(ABC):
             for device in range(len(self._handlers)):
                 self._queue((device, stream))
 
+    def host_waits(self) -> tuple[HostWait, ...]:
+        """Where the host has waited for a device since this executor was made."""
+        return tuple(self._waits)
+
     def open_sessions(self) -> list[Session]:
         """Sessions that have not ended, as after the fixed DAG of a prompt."""
         return list(self._sessions.values())
@@ -160,7 +171,12 @@ class WorkerExecutor(ABC):
     def _join(self) -> None:
         self._stop()
         for thread in self._threads:
-            thread.join()
+            give_up = time.monotonic() + START_S
+            while time.monotonic() < give_up:
+                with suppress(RuntimeError):  # it was interrupted while it was started
+                    thread.join()
+                    break
+                time.sleep(0.001)
 
     def _forget(self) -> None:
         if not self._closed:
@@ -168,6 +184,10 @@ class WorkerExecutor(ABC):
             _switch_interval.give_back()
         self._queues.clear()
         self._threads.clear()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """What an executor has besides; the handlers are there."""
 
     @abstractmethod
     def _register(self, op: Op) -> None:
@@ -245,13 +265,7 @@ class WorkerExecutor(ABC):
 class CpuExecutor(WorkerExecutor):
     """The real executor on a CPU."""
 
-    def __init__(
-        self,
-        handlers: Handlers | Sequence[Handlers],
-        source: SessionSource,
-        on_end: Callable[[Session], None] | None = None,
-    ) -> None:
-        super().__init__(handlers, source, on_end)
+    def _prepare(self) -> None:
         self._ended: dict[int, threading.Event] = {}
 
     def _register(self, op: Op) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import StoreError
+from ..core.layout import GROUP_TOKENS
 from ..core.ops import NOTHING, Op, Outcome
+from ..kernels.packing import Packed
 from ..kernels.reference import top_indices
 from .attention import Rows
 from .chunk_store import ChunkCorrupt, ChunkStore
@@ -102,13 +105,13 @@ class Handlers:
 
     def restore(self, session: Session, op: Op) -> Outcome:
         """Rotate staged K at its place in this prompt; scatter K and V."""
-        cos, sin = self.transformer.rope_table(session.n_prompt)
-        n_layers = self.transformer.spec.n_layers
-        counts = [session.decision.n_loaded(c, op.layer_start, n_layers) for c in op.chunks]
-        positions = torch.cat(
-            [session.loaded_positions(c, n) for c, n in zip(op.chunks, counts, strict=True)]
-        )
-        positions = self.device.upload(positions)
+        spec = self.transformer.spec
+        counts = [session.decision.n_loaded(c, op.layer_start, spec.n_layers) for c in op.chunks]
+        places = [session.loaded_positions(c, n) for c, n in zip(op.chunks, counts, strict=True)]
+        is_packed = spec.stored != "native"
+        if is_packed:  # a chunk's last group of codes is not cut: its other rows go nowhere
+            places = [F.pad(at, (0, -at.numel() % GROUP_TOKENS), value=-1) for at in places]
+        positions = self.device.upload(torch.cat(places))
         for layer in range(op.layer_start, op.layer_stop):
             # The check layer's rows are still compared, on another stream.
             by_deviation = session.decision.selection == "deviation"
@@ -117,16 +120,16 @@ class Handlers:
             staged = [take((ordinal, layer)) for ordinal in op.chunks]
             for rows in staged:
                 self.device.used_here(rows.elements)
-            out = (session.buffer.k[layer], session.buffer.v[layer], cos, sin)
-            if staged[0].is_packed:
-                # Groups of different chunks cannot be joined: the last of each is ragged.
-                parts = positions.split(counts)
-                for rows, at in zip(staged, parts, strict=True):
-                    self.device.restore(*rows.packed(layer), at, *out)
-                continue
+            rope = self.transformer.rope_table(session.n_prompt, layer)
             # One call for all chunks: short calls would hold up the compute stream's Python.
-            k = torch.cat([rows.k(layer) for rows in staged])
-            v = torch.cat([rows.v(layer) for rows in staged])
+            k: Tensor | Packed
+            v: Tensor | Packed
+            if is_packed:
+                k, v = LayerRows.joined(staged, layer)
+            else:
+                k = torch.cat([rows.k(layer) for rows in staged])
+                v = torch.cat([rows.v(layer) for rows in staged])
+            out = (session.buffer.k[layer], session.buffer.v[layer], *rope)
             self.device.restore(k, v, positions, *out)
         return NOTHING
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -65,6 +66,21 @@ class LayerRows:
         assert self._shape.packed is not None
         i = self._position(layer)
         return self._shape.packed.read(self.elements, self._at_byte[i], self.n_rows[i])
+
+    @staticmethod
+    def joined(reads: Sequence[LayerRows], layer: int) -> tuple[Packed, Packed]:
+        """The whole groups that several reads have of `layer`, K and V as they are stored.
+
+        The rows of each are filled up to a multiple of 32.
+        """
+        packed = reads[0]._shape.packed
+        assert packed is not None
+        pieces = []
+        for rows in reads:
+            i = rows._position(layer)
+            n_groups = ceil_div(rows.n_rows[i], GROUP_TOKENS)
+            pieces.append((rows.elements, rows._at_byte[i], n_groups))
+        return packed.joined(pieces)
 
     def groups(self, layer: int) -> Tensor:
         """View [G, 2, 32, HK, D] of the groups read of `layer`, K then V, nothing copied.

@@ -17,6 +17,7 @@ from torch import nn
 from ..core.errors import ModelError
 from ..core.model_spec import DTYPE_BYTES, STORED_BITS, ModelSpec, Stored, spec_from_hf_config
 from ..core.record import parse_json
+from .layer_rope import LayerRope, buildable, install
 from .shapes import CONFIGS, config_of
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -51,6 +52,11 @@ class LoadedModel:
                 remedy="name one of them, or store them native",
             )
         return replace(self, spec=self.spec.replace(stored=stored))
+
+    @property
+    def rope(self) -> LayerRope:
+        """Its cosines and sines, layer by layer."""
+        return LayerRope.of(self.hf)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -112,15 +118,20 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_weights(folder: Path, dtype: str) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(folder)
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True
+            folder,
+            config=buildable(config),
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
         )
+        install(model, config)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise ModelError(
             "the model's weights must be readable and fit its config.json",
@@ -147,7 +158,8 @@ def random_model(config: Any, dtype: str = "float32", seed: int = 0) -> LoadedMo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         library: Any = AutoModelForCausalLM
-        model = library.from_config(config, dtype=getattr(torch, dtype))
+        model = library.from_config(buildable(config), dtype=getattr(torch, dtype))
+    install(model, config)
     return _wrap(model, f"random-{config.model_type}")
 
 
@@ -188,8 +200,11 @@ def _fingerprint(model: nn.Module, spec: ModelSpec) -> str:
     """Hash of the RoPE frequencies, the spec without its name, and every weight."""
     digest = xxhash.xxh3_128()
     digest.update(spec.replace(name="").fingerprint().encode())
-    rotary = model.model.rotary_emb  # type: ignore[union-attr]
-    digest.update(rotary.inv_freq.float().cpu().numpy().tobytes())  # type: ignore[union-attr,operator]
+    rope = LayerRope.of(model)
+    for frequencies in rope.frequencies():
+        digest.update(frequencies.numpy().tobytes())
+    if len(rope.rotaries) > 1:
+        digest.update(bytes(rope.of_layer))
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())

@@ -9,9 +9,11 @@ whole row groups is unpacked like any other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import Tensor, float16
 
 from ..core.layout import GROUP_TOKENS, SCALE_CHANNELS, group_bytes, packed_parts
@@ -59,13 +61,20 @@ class PackedGroups:
 
     def read(self, data: Tensor, at_byte: int, n_rows: int) -> tuple[Packed, Packed]:
         """K and V of the first rows of the groups at `at_byte`, on the device of `data`."""
-        views = self._views(data, at_byte, ceil_div(n_rows, GROUP_TOKENS))
-        k_codes, *v_rows = (
-            view.flatten(0, 1)[:n_rows].contiguous() for view in (views[0], *views[3:])
-        )
-        scale, zero = views[1].contiguous(), views[2].contiguous()
-        k = Packed(k_codes, scale, zero, self.bits, "channel", self.head_dim)
-        return k, Packed(*v_rows, self.bits, "token", self.head_dim)
+        k, v = self.joined([(data, at_byte, ceil_div(n_rows, GROUP_TOKENS))])
+        return k.tokens(0, n_rows), v.tokens(0, n_rows)
+
+    def joined(self, pieces: Sequence[tuple[Tensor, int, int]]) -> tuple[Packed, Packed]:
+        """K and V of whole groups, (where, first byte, groups) of each chunk, one after another.
+
+        The parts of a group lie in memory as they do on disk, where its checksum keeps the next
+        one from beginning at a multiple of 16 bytes: put together, they can be read in full words.
+        """
+        views = [self._views(*piece) for piece in pieces]
+        parts = [torch.cat(part) for part in zip(*views, strict=True)]
+        k_codes, *of_v = (part.flatten(0, 1) for part in (parts[0], *parts[3:]))
+        k = Packed(k_codes, parts[1], parts[2], self.bits, "channel", self.head_dim)
+        return k, Packed(*of_v, self.bits, "token", self.head_dim)
 
     def _views(self, data: Tensor, at_byte: int, n_groups: int) -> list[Tensor]:
         """Each part of all groups: codes `[G, 32, HK, bytes]`, of K `[G, HK, D]`, of V

@@ -20,7 +20,7 @@ def check_rope(transformer: Transformer | Stages) -> float:
     """Largest relative error over layers of re-rotated K of a probe chunk; 0 is perfect.
 
     The probe is computed in place at an offset, so every layer's fresh K is the model's own;
-    the same K, caught before RoPE, is rotated by our restore.
+    the same K, caught before RoPE, is rotated by our restore with that layer's table.
 
     Raises:
         ModelError: the error exceeds the dtype's tolerance: this model's RoPE is not understood.
@@ -33,10 +33,10 @@ def check_rope(transformer: Transformer | Stages) -> float:
     fresh, k_raw, v_raw = transformer.encode_at(ids, positions)
     device = transformer.device
     again = KvBuffer(spec, fresh.n_slots, [(spec.n_layers, device)])
-    cos, sin = transformer.rope_table(offset + N_PROBE_TOKENS)
     here = device.upload(positions)
     worst = 0.0
     for layer in range(spec.n_layers):
+        cos, sin = transformer.rope_table(offset + N_PROBE_TOKENS, layer)
         device.restore(
             device.upload(k_raw[layer]), device.upload(v_raw[layer]), here,
             again.k[layer], again.v[layer], cos, sin,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -244,7 +244,7 @@ class Runner:
         )
         with self._executor(handlers, source, lambda s: self._collect(result, s)) as executor:
             executor.warm({op.stream for op in schedule.ops})
-            result.timeline = execute(schedule, executor)
+            result.timeline = replace(execute(schedule, executor), waits=executor.host_waits())
             for session in executor.open_sessions():
                 self._collect(result, session)
         self._drop_corrupt(handlers)
@@ -300,7 +300,8 @@ class Runner:
         self._capture(min(plan.max_num_seqs, len(workload.requests)))
         with prefetcher or nullcontext(), self._executor(handlers, source, collect) as executor:
             executor.warm(self._streams(plan))
-            result.timeline = serve(workload, engine, executor)
+            timeline = serve(workload, engine, executor)
+            result.timeline = replace(timeline, waits=executor.host_waits())
         self._drop_corrupt(handlers)
         result.n_fallbacks = engine.n_fallbacks
         result.n_read_failures = sum(found.n_read_failures for found in handlers)

@@ -113,9 +113,9 @@ class Stages:
         for transformer in self.transformers:
             transformer.rope_table(n_positions)
 
-    def rope_table(self, n_positions: int) -> tuple[Tensor, Tensor]:
+    def rope_table(self, n_positions: int, layer: int = 0) -> tuple[Tensor, Tensor]:
         """See `Transformer`; the first stage's."""
-        return self.transformers[0].rope_table(n_positions)
+        return self.transformers[0].rope_table(n_positions, layer)
 
     def encode(self, token_ids: Tensor, behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Transformer`."""
@@ -169,5 +169,5 @@ def place(
         # Tied weights are needed at both ends of the pipeline.
         lm_head = copy.deepcopy(lm_head) if tied and stage else lm_head
         norm, lm_head = norm.to(here), lm_head.to(here)
-    rotary = copy.deepcopy(inner.rotary_emb).to(here)
-    return ModelParts(loaded.layers, inner.embed_tokens, rotary, norm, lm_head)
+    rope = copy.deepcopy(loaded.rope).to(here)
+    return ModelParts(loaded.layers, inner.embed_tokens, rope, norm, lm_head)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .attention import Packed, Rows, Scatter, packed
 from .device import CPU, Device
 from .kv_buffer import KvBuffer
+from .layer_rope import Angles, LayerRope
 from .loaded_model import LoadedModel
 
 
@@ -27,7 +28,7 @@ class ModelParts:
 
     layers: list[nn.Module]
     embed: Callable[[Tensor], Tensor]
-    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    rope: LayerRope
     norm: Callable[[Tensor], Tensor]
     lm_head: Callable[[Tensor], Tensor]
 
@@ -36,7 +37,7 @@ class ModelParts:
         """The model's own."""
         model = loaded.hf.model
         return ModelParts(
-            loaded.layers, model.embed_tokens, model.rotary_emb, model.norm, loaded.hf.lm_head
+            loaded.layers, model.embed_tokens, loaded.rope, model.norm, loaded.hf.lm_head
         )
 
 
@@ -59,30 +60,34 @@ class Transformer:
         """Rows that only a check layer projected."""
         self._layers = self.parts.layers
         self._scatter = Scatter()
-        self._rope = (torch.empty(0, 1), torch.empty(0, 1))
+        self._n_rope = 0
+        self._ropes: list[tuple[Tensor, Tensor]] = []
+        """Tables of `_n_rope` positions, one for each set of frequencies."""
         self._outgrown: list[tuple[Tensor, Tensor]] = []
         """Shorter tables, which another stream may still read; together no longer than the last."""
         self._rope_of: Tensor | None = None
-        """Positions whose cos and sin `_rope_here` holds, `[1, n, D]` each."""
-        self._rope_here = self._rope
+        """Positions whose angles `_rope_here` holds, for each set of frequencies."""
+        self._rope_here: list[Angles] = []
 
     def reset_counts(self) -> None:
         """Begin counting rows anew."""
         self.rows_by_layer = [0] * self.spec.n_layers
         self.projected_rows = 0
 
-    def rope_table(self, n_positions: int) -> tuple[Tensor, Tensor]:
-        """The model's own cos and sin, fp32 `[>= n_positions, R/2]`, a column per rotated pair."""
-        if self._rope[0].shape[0] < n_positions:
-            n = max(n_positions, 2 * self._rope[0].shape[0])
+    def rope_table(self, n_positions: int, layer: int = 0) -> tuple[Tensor, Tensor]:
+        """The model's own cos and sin of a layer, fp32 `[>= n_positions, R/2]`, a column per
+        rotated pair."""
+        if self._n_rope < n_positions:
+            n = max(n_positions, 2 * self._n_rope)
             like = self.device.empty((1,), torch.float32)
-            cos, sin = self.parts.rotary(like, self.device.upload(torch.arange(n))[None])
-            half = cos.shape[-1] // 2
-            grown = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+            grown = []
+            for cos, sin in self.parts.rope.angles(like, self.device.upload(torch.arange(n))[None]):
+                half = cos.shape[-1] // 2
+                grown.append((cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()))
             self.device.synchronise("rope table")  # whichever stream reads it
-            self._outgrown.append(self._rope)
-            self._rope = grown
-        return self._rope
+            self._outgrown += self._ropes
+            self._ropes, self._n_rope = grown, n
+        return self._ropes[self.parts.rope.of_layer[layer]]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """`[n]` ids to `[1, n, hidden]`."""
@@ -93,15 +98,14 @@ class Transformer:
         """Pass packed rows `[1, n, hidden]` through layers [start, stop)."""
         positions = rows[0].positions if len(rows) == 1 else torch.cat([r.positions for r in rows])
         if self._rope_of is not positions:  # the ops of a prompt share rows from group to group
-            self._rope_here = self.parts.rotary(hidden, positions[None])
+            self._rope_here = self.parts.rope.angles(hidden, positions[None])
             self._rope_of = positions
-        rope = self._rope_here
         with packed(rows, self.device):
             for layer in range(start, stop):
                 hidden = self._layers[layer](
                     hidden,
                     attention_mask=None,
-                    position_embeddings=rope,
+                    position_embeddings=self._rope_here[self.parts.rope.of_layer[layer]],
                     position_ids=positions[None],
                     past_key_values=self._scatter,
                     use_cache=True,

@@ -163,10 +163,16 @@ class KernelCost:
         return self.predict_prefill_attention(n_query, n_cached, *shape, batch=batch).seconds
 
     def decode_attention_s(
-        self, batch: int, context_tokens_total: float, n_heads: int, n_kv_heads: int, head_dim: int
+        self,
+        batch: int,
+        context_tokens_total: float,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        kv_dtype: str = "bfloat16",
     ) -> float:
         """One new row of each of `batch` sequences over their KV, all contexts summed."""
-        shape = (n_heads, n_kv_heads, head_dim)
+        shape = (n_heads, n_kv_heads, head_dim, kv_dtype)
         return self.predict_decode_attention(batch, context_tokens_total, *shape).seconds
 
     def elementwise_s(self, n_bytes: float) -> float:
@@ -209,11 +215,22 @@ class KernelCost:
         return Prediction(seconds, seconds / width, seconds * width, donor)
 
     def predict_decode_attention(
-        self, batch: int, context_tokens_total: float, n_heads: int, n_kv_heads: int, head_dim: int
+        self,
+        batch: int,
+        context_tokens_total: float,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        kv_dtype: str = "bfloat16",
     ) -> Prediction:
         """`decode_attention_s` with its interval."""
+        kinds = {"bfloat16": "decode", "float16": "decode", "fp8": "decode.fp8"}
+        if kv_dtype not in kinds:
+            raise ProfileError(
+                "the dtype of K and V must be bfloat16, float16 or fp8", values=repr(kv_dtype)
+            )
         return self.predict(
-            "decode",
+            kinds[kv_dtype],
             batch=batch,
             context=context_tokens_total / batch,
             n_heads=n_heads,

@@ -1,12 +1,13 @@
 """Physical forms of GPU kernels: few coefficients, each a share of a data-sheet peak or a time.
 
 A form gives seconds; `features` is what the residual (residual.py) may look at. Sizes are arrays of
-equal length, one element per kernel call; K and V are bfloat16.
+equal length, one element per kernel call; K and V are bfloat16, in `decode.fp8` fp8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -160,9 +161,11 @@ def _prefill_features(s: Sizes, sheet: GpuSheet) -> dict[str, Array]:
     }
 
 
-def _decode_s(s: Sizes, c: Mapping[str, float], peak: float, sheet: GpuSheet) -> Array:
+def _decode_s(
+    s: Sizes, c: Mapping[str, float], peak: float, sheet: GpuSheet, element_bytes: int = KV_BYTES
+) -> Array:
     context = s["batch"] * s["context"]
-    kv_bytes = 2 * KV_BYTES * s["head_dim"] * s["n_kv_heads"] * context
+    kv_bytes = 2 * element_bytes * s["head_dim"] * s["n_kv_heads"] * context
     query_bytes = 2 * KV_BYTES * s["head_dim"] * s["n_heads"] * s["batch"]
     bandwidth = sheet.memory_bytes_per_s
     return np.asarray(
@@ -229,22 +232,25 @@ _GEMM = Form(
     _gemm_features,
 )
 
+_DECODE = Form(
+    ("batch", "context", "n_heads", "n_kv_heads", "head_dim"),
+    {
+        "launch_s": ("s", 8e-6),
+        "merge_s": ("s/doubling", 1e-7),
+        "memory_efficiency": ("share of peak", 0.8),
+        "query_efficiency": ("share of peak", 0.1),
+    },
+    _decode_s,
+    _decode_features,
+)
+
 FORMS: dict[str, Form] = {
     "gemm.bfloat16": _GEMM,
     "gemm.fp8": _GEMM,
     "prefill": _PREFILL,
     "prefix": _PREFILL,
-    "decode": Form(
-        ("batch", "context", "n_heads", "n_kv_heads", "head_dim"),
-        {
-            "launch_s": ("s", 8e-6),
-            "merge_s": ("s/doubling", 1e-7),
-            "memory_efficiency": ("share of peak", 0.8),
-            "query_efficiency": ("share of peak", 0.1),
-        },
-        _decode_s,
-        _decode_features,
-    ),
+    "decode": _DECODE,
+    "decode.fp8": _DECODE._replace(seconds=partial(_decode_s, element_bytes=1)),
     "elementwise": Form(
         ("n_bytes",),
         {"launch_s": ("s", 2e-6), "memory_efficiency": ("share of peak", 0.7)},

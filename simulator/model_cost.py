@@ -50,15 +50,21 @@ class ModelCost:
     """
 
     def __init__(
-        self, model: ModelSpec, kernels: KernelCost, tp: int = 1, dtype: str | None = None
+        self,
+        model: ModelSpec,
+        kernels: KernelCost,
+        tp: int = 1,
+        dtype: str | None = None,
+        kv_dtype: str = "bfloat16",
     ) -> None:
-        """`dtype` is that of the matrices, the model's own unless given (fp8)."""
+        """`dtype` is that of the matrices, the model's own unless given (fp8); `kv_dtype` that of
+        the K and V that decode reads. Prefill is timed as with bfloat16."""
         for name, count in (("n_heads", model.n_heads), ("intermediate", model.intermediate_size)):
             if tp < 1 or count % tp:
                 raise ModelError(
                     f"the tensor-parallel degree must divide {name} = {count}", values=str(tp)
                 )
-        self.model, self.kernels, self.tp = model, kernels, tp
+        self.model, self.kernels, self.tp, self.kv_dtype = model, kernels, tp, kv_dtype
         self.dtype = dtype or ("bfloat16" if DTYPE_BYTES[model.dtype] == 2 else model.dtype)
         self._heads = (model.n_heads // tp, max(1, model.n_kv_heads // tp), model.head_dim)
         self.rows_s = lru_cache(maxsize=1 << 14)(self._rows_s)
@@ -162,7 +168,7 @@ class ModelCost:
         layers, at = self.model.n_layers, self.kernels.decode_attention_s
         values: list[float] = []
         for knot in knots:
-            seconds = layers * at(batch, knot * batch, *self._heads)
+            seconds = layers * at(batch, knot * batch, *self._heads, self.kv_dtype)
             values.append(max([seconds, *values[-1:]]))
         rest_s = self.rows_s(batch) + self.logits_s(batch)
         lines = [DecodeLine(rest_s + values[0], 0.0, float(knots[0] * batch))]

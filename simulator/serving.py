@@ -12,7 +12,7 @@ lie before the end of the loads, and the first layer's bytes come before any of 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any
@@ -22,22 +22,18 @@ import numpy as np
 from ..core.errors import CapacityError, InvariantViolation
 from ..core.request_table import RequestTable
 from ..core.step_cost import StepCost
-from .profile_step_cost import Shape
 from .serving_columns import Columns
-from .serving_eviction import order_of
-from .serving_fleet import Fleet, TierSpec
+from .serving_fleet import Fleet
 from .serving_jobs import Job, JobFeed
 from .serving_life import Lives
 from .serving_links import Flow
 from .serving_loads import MOVED, READY, Loads
 from .serving_pieces import PieceReplica
-from .serving_policy import Fates
 from .serving_replica import Replica
 from .serving_result import ServingResult
 from .serving_router import Router
 from .serving_step import Step
-from .serving_tiers import ChunkTiers, TierState
-from .serving_worth import Worth
+from .serving_stores import Snapshot, Stores
 
 COME, DONE, COMMIT = 0, 3, 4
 """Kinds of events beside those of loads; at one time they are handled in this order."""
@@ -46,7 +42,6 @@ PROGRESS_EVERY = 1024
 END_OF_TIME = 1 << 62
 
 Progress = Callable[[int, int], None]
-Snapshot = Mapping[str, Sequence[Any]]
 
 
 def serve_trace(
@@ -76,7 +71,7 @@ def serve_trace(
     _check_fits(table, fleet)
     run = _Run(table, fleet, cost, progress, watch)
     if snapshot is not None:
-        run.fill(snapshot)
+        run.stores.fill(snapshot)
     with _without_collector():
         run.serve()
     run.check()
@@ -142,8 +137,6 @@ class _Run:
             needs_starts=any(t.eviction == "cost" for t in spec.tiers),
             kv_bytes_per_token=policy.kv_bytes_per_token,
         )
-        self.fates = Fates(policy, spec.tiers, table.chained, self.feed.tokens_of)
-        self.reuses = bool(spec.tiers) and policy.name != "full_recompute"
         n_ranks = len(fleet.priority) + 1
         self.in_pieces = spec.limits.steps == "pieces"
         make = PieceReplica if self.in_pieces else Replica
@@ -152,13 +145,7 @@ class _Run:
             for i in range(fleet.n_replicas)
         ]
         self.router = Router(fleet.router, self.replicas, self.feed.tokens_of)
-        self.worth = Worth(self.feed, cost)
-        shared = [self._tier(t) for t in spec.tiers if t.shared]
-        sizes = self.feed.bytes_of, max(self.feed.bytes_of, default=0)
-        self.tiers = [
-            ChunkTiers([self._tier(t) for t in spec.tiers if not t.shared], shared, *sizes)
-            for _ in self.replicas
-        ]
+        self.stores = Stores(fleet, self.feed, cost)
         self.loads = Loads(fleet, cost, self._push)
         self.heap: list[tuple[int, int, int, Any, int]] = []
         self.n_pushed = self.n_events = self.n_ended = 0
@@ -169,15 +156,12 @@ class _Run:
         for row in np.flatnonzero(table.after >= 0).tolist():
             self.followers.setdefault(int(table.after[row]), []).append(row)
 
-    def _tier(self, spec: TierSpec) -> TierState:
-        return TierState(spec, order_of(spec.eviction, self.worth.value, self.worth.next_use))
-
     def result(self, seed: int) -> ServingResult:
         """What happened."""
         return self.columns.result(
             seed=seed,
             replicas=self.replicas,
-            tiers=self.tiers,
+            tiers=self.stores.tiers,
             names=self.feed.names,
             n_events=self.n_events,
             spans=self.lives.spans,
@@ -196,19 +180,7 @@ class _Run:
             )
         for replica in self.replicas:
             replica.blocks.check()
-        for tiers in self.tiers:
-            tiers.settle(END_OF_TIME)
-            tiers.check()
-        for tier in self.tiers[0].tiers[len(self.tiers[0].own) :]:
-            tier.check(self.feed.bytes_of)
-
-    def fill(self, snapshot: Snapshot) -> None:
-        """Contents of the tiers from before the run."""
-        key_of = {name: key for key, name in enumerate(self.feed.names.tolist())}
-        for i, spec in enumerate(self.fleet.replica.tiers):
-            for replica, names in enumerate(snapshot.get(spec.name, ())):
-                keys = [key_of[name] for name in names if name in key_of]
-                self.tiers[min(replica, len(self.tiers) - 1)].fill(i, keys)
+        self.stores.check(END_OF_TIME)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -309,7 +281,9 @@ class _Run:
 
     def _done(self, step: Step) -> None:
         replica = step.replica
-        late_ns = max([job.load_end_ns + job.tail_ns for job, _ in step.pieces], default=0)
+        late_ns = 0
+        for job, _ in step.pieces:
+            late_ns = max(late_ns, job.load_end_ns + job.tail_ns)
         if late_ns > self.now_ns:  # a load was slowed down after its piece began
             replica.delay(late_ns)
             for flying in replica.flying:
@@ -331,27 +305,11 @@ class _Run:
         if is_first:
             columns.admitted_ns[row] = now_ns
             columns.gpu_tokens[row] = job.position
-        loads: dict[int, list[int]] = {}
-        found = [-1] * len(job.content_keys)
-        if self.reuses and n_hit < len(job.content_keys):
-            self.worth.row = row
-            tiers = self.tiers[replica.index]
-            tiers.settle(now_ns)
-            keys = job.content_keys[n_hit:]
-            found = tiers.find(keys)
-            if self.fleet.policy.name == "prefix_cache" and -1 in found:
-                stop = found.index(-1)
-                found[stop:] = [-1] * (len(found) - stop)
-            if max(found) < 0:
-                job.new_keys = keys
-            else:
-                loads = self.fates.decide(job, n_hit, keys, found)
-            if loads:
-                tiers.use(keys, found, now_ns)
-                if not self.in_pieces:
-                    self.loads.begin(job, tiers, loads, now_ns)
+        found, loads = self.stores.decide(replica.index, job, n_hit, now_ns)
         if self.in_pieces:
-            job.shape = self._shape(job, found)
+            job.shape = self.stores.shape(job, found)
+        elif loads:
+            self.loads.begin(job, self.stores.tiers[replica.index], loads, now_ns)
         n_again = 0
         for tier, (_, n_loaded, again) in loads.items():
             n_again += again
@@ -364,21 +322,12 @@ class _Run:
         else:
             columns.repeated_tokens[row] += job.rows_left
 
-    def _shape(self, job: Job, found: list[int]) -> Shape:
-        """Chunks of a prompt as the policies see them."""
-        specs, tokens_of = self.fleet.replica.tiers, self.feed.tokens_of
-        kind = "prefix" if self.fates.chained else "isolated"
-        return tuple(
-            (tokens_of[key], specs[at].name if at >= 0 else "", kind)
-            for key, at in zip(job.content_keys, found, strict=True)
-        )
-
     def first_token(self, replica: Replica, job: Job, now_ns: int) -> None:
         """Its prompt is computed; what no tier had is kept."""
         if self.columns.first_ns[job.row] < 0:
             self.columns.first_ns[job.row] = now_ns
         if job.new_keys and self.fleet.policy.write_back:
-            self.tiers[replica.index].add_new(job.new_keys, now_ns)
+            self.stores.tiers[replica.index].add_new(job.new_keys, now_ns)
             job.new_keys = []
 
     def preempted(self, replica: Replica, job: Job) -> None:

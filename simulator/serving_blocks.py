@@ -29,7 +29,7 @@ class KvBlocks:
         self.fresh = self.n_blocks
         """Blocks of no extent: taken first."""
         self.users: dict[int, int] = {}
-        """Requests that hold a named extent; 0 while it queues."""
+        """Requests that hold a named extent; 1 while it queues, as the next one sets it anew."""
         self.size_of: dict[int, int] = {}
         """Blocks of every extent that is named or queues."""
         self.idle = Lru()
@@ -47,11 +47,13 @@ class KvBlocks:
         victims, freed = self.idle.pop(n, sizes)
         deque(map(sizes.pop, victims), 0)
         deque(map(self.users.pop, victims, repeat(None)), 0)
-        if freed > n:  # what is left of the extent has lost its name if it had one
+        if freed > n:  # a chunk's extent has lost its name; one without may still be reclaimed
             last = victims[-1]
-            rest = last if last < 0 else self.new_key()
-            sizes[rest] = freed - n
-            self.idle.put_first(rest)
+            if last < 0:
+                sizes[last] = freed - n
+                self.idle.put_first(last)
+            else:
+                self.fresh = freed - n
 
     def new_key(self) -> int:
         """A key for an extent without a name."""
@@ -70,33 +72,33 @@ class KvBlocks:
 
     def n_idle(self, keys: Sequence[int]) -> int:
         """Blocks of cached `keys` that count as free, as nobody uses them."""
-        users, sizes = self.users, self.size_of
-        return sum([sizes[key] for key in keys if not users[key]])
+        queued, sizes = self.idle.held, self.size_of
+        return sum([sizes[key] for key in keys if key in queued])
 
     def touch(self, keys: Sequence[int]) -> None:
         """One more user of each cached extent."""
-        users = self.users
         for key in keys:
-            count = users[key]
-            if not count:
+            if key in self.idle.held:
                 self.idle.remove(key)
                 self.n_free -= self.size_of[key]
-            users[key] = count + 1
+            else:
+                self.users[key] += 1
 
-    def name(self, keys: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    def name(self, keys: list[int], sizes: Sequence[int]) -> list[int]:
         """Name blocks that one request holds; the keys it holds them by.
 
         Where another extent has the name already, they get one that nobody looks for.
         """
         users, size_of = self.users, self.size_of
         fresh = dict.fromkeys(keys, 1)
-        if len(fresh) < len(keys) or not users.keys().isdisjoint(fresh):
+        if len(fresh) < len(keys) or not users.keys().isdisjoint(keys):
             fresh = {}
             for key in keys:
                 fresh[self.new_key() if key in users or key in fresh else key] = 1
+            keys = [*fresh]
         users.update(fresh)
-        size_of.update(zip(fresh, sizes, strict=True))
-        return list(fresh)
+        size_of.update(zip(keys, sizes, strict=True))
+        return keys
 
     def give_back(self, keys: Sequence[int], n_private: int, private_key: int) -> None:
         """A request leaves `keys`, in the order of its prompt, and its own blocks behind them."""
@@ -106,10 +108,10 @@ class KvBlocks:
             self.idle.add((private_key,))
             self.n_free += n_private
         gone = keys[::-1]
-        counts = [users[key] - 1 for key in gone]
-        users.update(zip(gone, counts, strict=True))
-        if any(counts):
-            gone = [key for key, count in zip(gone, counts, strict=True) if not count]
+        counts = [*map(users.__getitem__, gone)]
+        if counts.count(1) < len(counts):
+            users.update([(k, n - 1) for k, n in zip(gone, counts, strict=True) if n > 1])
+            gone = [k for k, n in zip(gone, counts, strict=True) if n == 1]
         self.idle.add(gone)
         self.n_free += sum(map(sizes.__getitem__, gone))
 

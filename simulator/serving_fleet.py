@@ -69,6 +69,9 @@ class ReplicaSpec(Record):
     tiers: tuple[TierSpec, ...] = ()
     host_link_bytes_per_s: float | None = Field(default=None, gt=0)
     """Everything loaded passes it, whatever the tier; None: never the bottleneck."""
+    loads_in_order: bool = False
+    """Whether loads of a replica from one tier wait for each other, as on an in-order I/O stream;
+    else all that were begun share its rate evenly."""
 
     @model_validator(mode="after")
     def _check(self) -> ReplicaSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,11 @@ class Job:
 
     __slots__ = (
         "arrival_ns", "content_keys", "emitted", "end_step", "ends", "extra_s", "first_bytes_ns",
-        "flows", "held", "is_loading", "join_context", "join_step", "keys", "load_end_ns",
-        "load_id", "n_kept", "n_nameable", "n_output", "n_private", "n_prompt", "n_tokens",
-        "new_keys", "order", "parts", "phase", "position", "private_key", "rank", "ready_ns",
-        "replica", "row", "rows_left", "runs", "shape", "slack_ns", "tail_ns",
+        "flows", "held", "is_loading", "join_context", "join_step", "key_missing", "keys",
+        "load_end_ns", "load_id", "n_kept", "n_nameable", "n_output", "n_private", "n_prompt",
+        "n_tokens", "need_least", "new_keys", "order", "parts", "phase", "position",
+        "private_key", "rank", "ready_ns", "replica", "row", "rows_left", "runs", "shape",
+        "slack_ns", "tail_ns",
     )  # fmt: skip
 
     def __init__(self, row: int, arrival_ns: int, n_prompt: int, n_output: int, rank: int) -> None:
@@ -54,6 +56,9 @@ class Job:
         self.private_key = 0
         self.n_kept = 0
         """After a preemption: blocks under that key that it could use again."""
+        self.need_least = 0
+        """Where it waits for memory: blocks it needs at least while `key_missing` is not cached."""
+        self.key_missing = -1
         self.n_nameable = 0
         """Chunks whose KV is exact, hence may be shared once it is there."""
         self.new_keys: list[int] = []
@@ -122,7 +127,7 @@ class JobFeed:
             self.names, keys = np.unique(salted, return_inverse=True)
             self._keys = keys.astype(np.int32)
             lengths = lengths[self.names // n_tenants]
-        self._lengths: list[int] = lengths.tolist()
+        self._lengths: list[int] = _shared(lengths.tolist())
         self._by_chain = by_chain and not table.chained
         self._chain_of: dict[tuple[int, int], int] = {}
         self._needs_chains = (by_chain or needs_chains) and not table.chained
@@ -130,7 +135,8 @@ class JobFeed:
         self.first_start: dict[int, int] = {}
         """Where each key stood when it was met first; only with `needs_starts`."""
         self._needs_starts = needs_starts
-        self.bytes_of = [n * kv_bytes_per_token for n in self.tokens_of]
+        size_of = {n: n * kv_bytes_per_token for n in set(self.tokens_of)}
+        self.bytes_of = [*map(size_of.__getitem__, self.tokens_of)]
         # One entry of a view costs a third of one of an array.
         self._starts, self._key_view = table.chunk_start.data, self._keys.data
         self._prompts = table.prompt_tokens.data
@@ -155,8 +161,7 @@ class JobFeed:
                 if self._by_chain:
                     job.content_keys = job.keys
             if self._needs_starts:
-                for key, start in zip(job.content_keys, [0, *job.ends], strict=False):
-                    self.first_start.setdefault(key, start)
+                deque(map(self.first_start.setdefault, job.content_keys, [0, *job.ends]), 0)
         return job
 
     def _chained(self, keys: list[int], lengths: list[int]) -> list[int]:
@@ -170,3 +175,9 @@ class JobFeed:
                 self.bytes_of.append(n * self._bytes_per_token)
             found.append(chain)
         return found
+
+
+def _shared(values: list[int]) -> list[int]:
+    """The same numbers, equal ones as one object: a tenth of the memory, and closer together."""
+    known: dict[int, int] = {}
+    return [*map(known.setdefault, values, values)]

@@ -8,6 +8,7 @@ and nothing waits for it: until then the engine computes for others.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,9 @@ class Loads:
         self._cost = cost
         self._push = push
         self._now_ns = 0
+        self._in_order = fleet.replica.loads_in_order
+        self._queues: dict[tuple[int, int], deque[Flow]] = {}
+        """With loads in order, by (replica, tier): the first one moves."""
 
     def begin(self, job: Job, tiers: ChunkTiers, loads: dict[int, list[int]], now_ns: int) -> None:
         """A flow per tier. `loads`: by tier [chunks, tokens, ...]."""
@@ -58,15 +62,32 @@ class Loads:
         job.slack_ns = alone_ns - job.tail_ns
         job.first_bytes_ns = job.ready_ns = -1
         for flow in job.flows:
+            if self._in_order:
+                queue = self._queues.setdefault((job.replica.index, flow.tier), deque())
+                queue.append(flow)
+                if len(queue) > 1:
+                    continue
             join(flow, now_ns, self._changed)
-        took_ns = job.load_end_ns - now_ns
-        job.first_bytes_ns = now_ns + took_ns // policy.n_layers
-        self._set_ready(job)
+        self._moves(job)
 
     def moved(self, flow: Flow, now_ns: int) -> None:
         """All of a flow is there."""
         self._now_ns = now_ns
         leave(flow, now_ns, self._changed)
+        if self._in_order:
+            queue = self._queues[flow.owner.replica.index, flow.tier]
+            queue.popleft()
+            if queue:
+                join(queue[0], now_ns, self._changed)
+                if queue[0].owner_load == queue[0].owner.load_id:
+                    self._moves(queue[0].owner)
+
+    def _moves(self, job: Job) -> None:
+        """Once all of its loads move, it is known how soon the first layer is there."""
+        if all([flow.rate for flow in job.flows]):
+            took_ns = job.load_end_ns - self._now_ns
+            job.first_bytes_ns = self._now_ns + took_ns // self._policy.n_layers
+            self._set_ready(job)
 
     def _flow(self, job: Job, tiers: ChunkTiers, tier: int, n_chunks: int, n: int) -> Flow:
         state = tiers.tiers[tier]

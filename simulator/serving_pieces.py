@@ -141,7 +141,7 @@ class PieceReplica(Replica):
             return False
         queue = self._first_queue()
         job = queue[0]
-        need = self._blocks(job.n_tokens + job.n_output)
+        need = self.blocks.count(job.n_tokens + job.n_output)
         if need > self.blocks.n_free:
             return False
         queue.popleft()

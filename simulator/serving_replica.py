@@ -8,16 +8,15 @@ head of the queue. `simulator/step_loop.py` does the same step by step, and is t
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import insort
 from collections import deque
-from operator import sub
 from typing import Protocol
 
 from ..core.step_cost import StepCost
 from ..core.units import NS_PER_S
-from .serving_blocks import KvBlocks
 from .serving_decodes import Decodes
 from .serving_fleet import ServingLimits
+from .serving_job_blocks import JobBlocks
 from .serving_jobs import Job
 from .serving_policy import take_rows
 from .serving_step import Step, Stretch
@@ -65,7 +64,7 @@ class Replica:
         self.caching = limits.prefix_caching
         self.cost = cost
         self.host = host
-        self.blocks = KvBlocks(limits.n_blocks)
+        self.blocks = JobBlocks(limits.n_blocks, limits.block_size, limits.prefix_caching)
         self.decodes = Decodes(self.size, getattr(cost, "has_skew", False))
         self.waiting: list[deque[Job]] = [deque() for _ in range(n_ranks)]
         """By priority."""
@@ -165,7 +164,7 @@ class Replica:
                 self.blocks.take(decodes.blocks_after_first(n))
         elif self.caching:
             for job, _ in step.pieces:
-                self._name(job)
+                self.blocks.name_of(job)
         self.n_steps += n
         for job in decodes.advance(n):
             self._leave_decodes(job)
@@ -196,7 +195,7 @@ class Replica:
             self.host.first_token(self, job, now_ns)
         for job in step.ending:
             if self.running.pop(job.order, None) is not None:
-                self.blocks.give_back(job.held, job.n_private, self.blocks.new_key())
+                self.blocks.leave(job)
             self.host.ended(self, job, now_ns)
         if step.ending and self.flying and self.n_waiting:
             return self.cut(now_ns)
@@ -234,11 +233,8 @@ class Replica:
 
     def _leave_decodes(self, job: Job) -> int:
         context = self.decodes.remove(job)
-        job.n_private += self._blocks(context) - self._blocks(job.join_context)
+        job.n_private += self.blocks.count(context) - self.blocks.count(job.join_context)
         return context
-
-    def _blocks(self, n_tokens: int) -> int:
-        return -(-n_tokens // self.size)
 
     def _continue(self, step: Step, shapes: list[tuple[int, int]], budget: int) -> tuple[int, bool]:
         """More pieces of prompts under way; (budget left, whether somebody was preempted)."""
@@ -274,7 +270,7 @@ class Replica:
         _, job = self.running.popitem()
         self.host.preempted(self, job)
         if job.emitted == job.n_output or any([job in step.ending for step in self.flying]):
-            self.blocks.give_back(job.held, job.n_private, self.blocks.new_key())
+            self.blocks.leave(job)
             return  # its last token is under way
         if job.end_step >= 0:
             context = self._leave_decodes(job)
@@ -289,13 +285,7 @@ class Replica:
         self.outstanding -= job.rows_left
         job.n_tokens = job.rows_left = job.n_prompt + job.emitted
         self.outstanding += job.rows_left
-        job.private_key = self.blocks.new_key()
-        self.blocks.give_back(job.held, job.n_private, job.private_key)
-        job.n_kept = 0
-        if len(job.held) == len(job.keys) == job.n_nameable:
-            job.n_kept = context // self.size - self._n_shared(job.ends, len(job.held))
-        job.held = []
-        job.n_private = 0
+        self.blocks.pause(job, context)
         self.waiting[job.rank].appendleft(job)
         self.n_waiting += 1
 
@@ -320,25 +310,10 @@ class Replica:
 
     def _take_in(self, job: Job, now_ns: int) -> bool:
         """Give a request its place, and what GPU memory has of it; False if it does not fit."""
-        blocks, size = self.blocks, self.size
-        n_hit = n_kept = 0
-        if self.caching:
-            n_hit = blocks.prefix(job.keys)
-            while n_hit and job.ends[n_hit - 1] >= job.n_tokens:  # the last token is computed
-                n_hit -= 1
-            if job.n_kept and n_hit == len(job.keys):
-                n_kept = min(job.n_kept, blocks.size_of.get(job.private_key, 0))
-                n_kept = min(n_kept, (job.n_tokens - 1) // size - self._n_shared(job.ends, n_hit))
-        shared = self._n_shared(job.ends, n_hit)
-        held = job.keys[:n_hit]
-        if self._blocks(job.n_tokens) - shared + blocks.n_idle(held) > blocks.n_free:
+        n_hit = self.blocks.enter(job)
+        if n_hit is None:
             return False
-        blocks.touch(held)
-        job.held = held
-        job.n_private = blocks.reclaim(job.private_key, n_kept) if n_kept else 0
-        job.n_kept = 0
         self.outstanding -= job.rows_left
-        job.position = (shared + n_kept) * size
         job.rows_left = job.n_tokens - job.position
         job.runs = None
         job.n_nameable = len(job.keys)
@@ -348,9 +323,7 @@ class Replica:
         self.host.admitted(self, job, n_hit, now_ns)
         self.outstanding += job.rows_left
         if job.runs is not None:  # what is loaded lands anywhere: all blocks at once
-            need = self._blocks(job.n_tokens) - shared - job.n_private
-            blocks.take(need)
-            job.n_private += need
+            self.blocks.grow_to(job, job.n_tokens)
         return True
 
     def make_ready(self, job: Job) -> None:
@@ -362,37 +335,9 @@ class Replica:
         step.pieces.append((job, n))
         shapes.append(take_rows(job, n))
 
-    def _name(self, job: Job) -> None:
-        """Chunks whose KV is complete may be shared from now on."""
-        done = job.position
-        if job.runs is not None:
-            done = 0 if job.rows_left else job.n_tokens
-        at, stop = len(job.held), bisect_right(job.ends, done, 0, job.n_nameable)
-        if at < stop:
-            size = self.size
-            edges = [end // size for end in job.ends[max(0, at - 1) : stop]]
-            if not at:
-                edges.insert(0, 0)
-            job.n_private -= edges[-1] - edges[0]
-            sizes = [*map(sub, edges[1:], edges)]
-            job.held += self.blocks.name(job.keys[at:stop], sizes)
-
-    def _n_shared(self, ends: list[int], n_chunks: int) -> int:
-        """Whole blocks in the first chunks of a prompt."""
-        return ends[n_chunks - 1] // self.size if n_chunks else 0
-
     def _grow(self, job: Job, n: int) -> bool:
         """Blocks for `n` more rows; False when there are too few."""
-        if job.runs is not None:
-            return True
-        held = self._n_shared(job.ends, len(job.held)) + job.n_private
-        need = self._blocks(job.position + n) - held
-        if need > self.blocks.n_free:
-            return False
-        if need > 0:
-            self.blocks.take(need)
-            job.n_private += need
-        return True
+        return job.runs is not None or self.blocks.grow_to(job, job.position + n)
 
     @property
     def n_inside(self) -> int:

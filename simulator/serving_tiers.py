@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import combinations
 
 from ..core.errors import InvariantViolation
 from ..core.units import NS_PER_S
@@ -117,7 +118,8 @@ class ChunkTiers:
                 self._rise(rising, now_ns)
 
     def add_new(self, keys: list[int], now_ns: int) -> None:
-        """Chunks were computed: written to the first own tier and to every shared one."""
+        """Chunks were computed: each is written to the first own tier and to every shared one."""
+        keys = [*dict.fromkeys(keys)]
         n_bytes = sum(map(self.bytes_of.__getitem__, keys))
         for i, tier in enumerate(self.tiers):
             if i == 0 or i >= len(self.own):
@@ -125,6 +127,7 @@ class ChunkTiers:
 
     def fill(self, tier: int, keys: Sequence[int]) -> None:
         """Contents from before the run, coldest first; what does not fit leaves."""
+        keys = [*dict.fromkeys(keys)]
         self._insert(tier, keys, sum(map(self.bytes_of.__getitem__, keys)), 0, demote=False)
 
     def _rise(self, tier_of: dict[int, int], now_ns: int) -> None:
@@ -139,16 +142,15 @@ class ChunkTiers:
     def _insert(
         self, at: int, keys: Sequence[int], n_bytes: int, now_ns: int, demote: bool = True
     ) -> None:
-        """Chunks are there now; the coldest make room, and are written one tier down."""
+        """Chunks (none twice) are there now; the coldest make room, and are written one down."""
         tier = self.tiers[at]
         order, capacity, bytes_of = tier.order, tier.capacity, self.bytes_of
-        is_new = capacity >= self.largest_bytes and len(set(keys)) == len(keys)
+        is_new = capacity >= self.largest_bytes
         for held in self._rivals[at]:
             is_new = is_new and held.isdisjoint(keys)
         if not is_new:
             known = {key for held in self._rivals[at] for key in held & keys}
-            fresh = dict.fromkeys(k for k in keys if bytes_of[k] <= capacity)
-            keys = [k for k in fresh if k not in known]
+            keys = [k for k in keys if bytes_of[k] <= capacity and k not in known]
             n_bytes = sum(map(bytes_of.__getitem__, keys))
         order.add(keys)
         tier.used += n_bytes
@@ -165,9 +167,8 @@ class ChunkTiers:
         Raises:
             InvariantViolation: both sides.
         """
-        everything: set[int] = set()
         for tier in self.own:
             tier.check(self.bytes_of)
-            everything.update(tier.order.held)
-        if len(everything) != sum(len(tier.order) for tier in self.own):
+        held = [tier.order.held.keys() for tier in self.own]
+        if not all(a.isdisjoint(b) for a, b in combinations(held, 2)):
             raise InvariantViolation("INV-4 tiers: a chunk lies in two of them")

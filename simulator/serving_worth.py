@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Collection
 
 from ..core.step_cost import StepCost
 from .serving_eviction import NEVER
@@ -19,19 +20,23 @@ class Worth:
         self._values: dict[int, float] = {}
         self._seconds: dict[tuple[int, int], float] = {}
         self._rows: dict[int, list[int]] = {}
-        self._start: dict[int, int] = {}
 
-    def value(self, key: int) -> float:
-        """Seconds to compute a chunk where it first stood, per byte."""
+    def values(self, keys: Collection[int]) -> list[float]:
+        """Seconds to compute each chunk where it first stood, per byte."""
+        try:
+            return [*map(self._values.__getitem__, keys)]
+        except KeyError:
+            return [*map(self._value, keys)]
+
+    def _value(self, key: int) -> float:
         worth = self._values.get(key)
-        if worth is not None:
-            return worth
-        feed = self._feed
-        sizes = feed.tokens_of[key], feed.first_start.get(key, 0)
-        found = self._seconds.get(sizes)
-        if found is None:
-            found = self._seconds[sizes] = self._cost.step_s([sizes], 0, 0)
-        worth = self._values[key] = found / max(1, feed.bytes_of[key])
+        if worth is None:
+            feed = self._feed
+            sizes = feed.tokens_of[key], feed.first_start.get(key, 0)
+            found = self._seconds.get(sizes)
+            if found is None:
+                found = self._seconds[sizes] = self._cost.step_s([sizes], 0, 0)
+            worth = self._values[key] = found / max(1, feed.bytes_of[key])
         return worth
 
     def next_use(self, key: int) -> int:

@@ -136,10 +136,15 @@ READS = frozenset(
 class OnDevice(Tensor):
     """A tensor of the fake device: the host must not read it, nor mix its own into it."""
 
+    on_read: ClassVar[Callable[[str], object] | None] = None
+    """Told of reads instead of refusing them: they show in a trace, as on a GPU."""
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in READS:
+        if name in READS and cls.on_read is not None:
+            cls.on_read(name)
+        elif name in READS:
             raise AssertionError(f"{name} of a tensor of the device makes the host wait")
         for x in _flat((args, kwargs or {})):
             if name == "__getitem__" and x.dtype == torch.bool:
@@ -208,8 +213,8 @@ class FakeCuda(Device):
         return lambda: host
 
     def to_host(self, here: Tensor, why: str) -> Tensor:
-        self.host_waits[why] += 1
-        found: Tensor = plain(here).clone()
+        with self.waiting(why):
+            found: Tensor = plain(here).clone()
         return found
 
     def move(self, other: Tensor) -> Tensor:
@@ -217,12 +222,12 @@ class FakeCuda(Device):
         return other.clone()
 
     def synchronise(self, why: str) -> None:
-        self.host_waits[why] += 1
+        with self.waiting(why):
+            pass
 
     def capture(self, work: Callable[[], None]) -> FakeGraph:
-        self.host_waits["capture"] += 1
         graph = FakeGraph()
-        with _Recorder(graph):
+        with self.waiting("capture"), _Recorder(graph):
             work()
         self.graphs.append(graph)
         return graph
@@ -240,7 +245,7 @@ class FakeCuda(Device):
         """With the plan that the Triton kernel needs, made as for it."""
         if args[1] not in rows.plans:
             pytest.importorskip("triton")
-            from cachetune.kernels.sparse_attention import plan_tiles
+            from cachetune.kernels.tile_plan import plan_tiles
 
             at = plain(rows.positions) if rows.host is None else rows.host
             shape = (rows.n_keys, q.shape[1], k.shape[0], q.shape[2], args[1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from cachetune.core.request_table import RequestTable
+from cachetune.core.workload import Workload
 from cachetune.simulator.serving_fleet import (
     Fleet,
     ReplicaSpec,
@@ -74,6 +75,22 @@ def make_table(
         slo_class=zeros,
     )
     return RequestTable(**{**values, **fields})
+
+
+def table_of(workload: Workload) -> RequestTable:
+    """The same requests as columns; their ids count from 0 in order of arrival."""
+    names = {name: i for i, name in enumerate(sorted(workload.contents))}
+    requests = sorted(workload.requests, key=lambda r: (r.arrival_ns, r.request_id))
+    assert [r.request_id for r in requests] == list(range(len(requests)))
+    table = make_table(
+        [workload.prompt_tokens(r) for r in requests],
+        [r.output_tokens for r in requests],
+        [r.arrival_ns / 1e9 for r in requests],
+        [[names[c] for c in r.chunks] for r in requests],
+    )
+    lengths = [workload.contents[name].n_tokens for name in names]
+    fields = {**vars(table), "chunk_tokens": np.array(lengths, np.int32)}
+    return RequestTable(**fields)
 
 
 def random_table(draw: random.Random, *, chained: bool, chunk_tokens: int = 16) -> RequestTable:

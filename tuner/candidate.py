@@ -7,17 +7,19 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..core.catalogue import GpuRow
-from ..core.errors import ProfileError
+from ..core.catalogue import Catalogue, GpuRow
+from ..core.errors import CapacityError, ModelError, ProfileError
 from ..core.machine_spec import MachineSpec
-from ..core.memory_sum import EngineMemory, MemorySum, memory_sum
+from ..core.memory_sum import EngineMemory, MemorySum, check_fits, memory_sum
 from ..core.model_spec import ModelSpec
 from ..core.record import Record
+from ..core.step_cost import StepCost
 from ..core.units import GIB
 from ..core.workload import Slo
 from ..simulator.gpu_sheet import GpuSheet, gpu_sheet, gpu_sheets, key_of
 from ..simulator.kernel_cost import KernelCost, kernel_document, nearest_fit
-from ..simulator.model_cost import ModelCost
+from ..simulator.model_cost import ACTIVATION_BYTES, ModelCost
+from ..simulator.pipeline_cost import PipelineCost
 from ..simulator.serving_fleet import (
     Fleet,
     ReplicaSpec,
@@ -29,6 +31,7 @@ from ..simulator.serving_fleet import (
     TierSpec,
 )
 from ..simulator.step_tables import StepTables
+from .bounded_kernels import BoundedKernels, KernelEnd
 
 StoredFormat = Literal["bf16", "int8", "int4", "int2"]
 
@@ -39,14 +42,28 @@ HOST_BYTES = 32 * GIB
 """Of a machine's DRAM that is not for KV: system, engine, buffers. Assumed."""
 OVERHEAD_S = 0.8e-3
 """Host time per step: vLLM 0.19 on the RTX PRO 6000 run of LLMServingSim; fit your own engine's."""
+HOP_S = 10e-6
+"""Of a message from a pipeline stage to the next in one machine. Assumed: a small NCCL transfer."""
 RESTORE_TOKENS = 4096
 """Tokens over which the cost of restoring is taken."""
+
+
+class Stage(ModelSpec):
+    """The first or the last pipeline stage of a model."""
+
+    @property
+    def n_params(self) -> int:
+        """Weights of its layers, and of the embedding or the head."""
+        return self.n_layers * self.layer_params + self.vocab_size * self.hidden_size
 
 
 class Candidate(Record):
     """What may be bought and how it would be run; one replica of it."""
 
     machine: MachineSpec
+    """All GPUs of a replica."""
+    stages: int = Field(default=1, ge=1, le=64)
+    """Pipeline stages that share the layers; the GPUs of a stage are tensor parallel."""
     policy: ReuseName = "cachetune"
     stored: StoredFormat = "bf16"
     recompute_ratio: float = Field(default=0.15, ge=0, le=1)
@@ -66,18 +83,32 @@ class Candidate(Record):
                 "weights must be bfloat16 or fp8 and KV in GPU memory bfloat16, the kernels that "
                 f"were measured, got {self.engine.weights} and {self.engine.kv}"
             )
+        if self.machine.n_gpus % self.stages:
+            raise ValueError(
+                "stages must have equally many GPUs, got "
+                f"{self.machine.n_gpus} GPUs in {self.stages} stages"
+            )
         return self
 
     @property
     def name(self) -> str:
         """In words, for tables and plots."""
-        gpu = self.machine.gpu.name
-        count = f"{self.machine.n_gpus}x" if self.machine.n_gpus > 1 else ""
         weights = "" if self.engine.weights == "bfloat16" else f" {self.engine.weights}"
-        parts = [f"{count}{gpu}{weights}", self.tier_name, self.policy]
+        parts = [f"{self.machine_name}{weights}", self.tier_name, self.policy]
         parts += [self.stored] if self.reuses else []
         parts += [self.eviction] if self.reuses and self.eviction != "lru" else []
         return " · ".join([*parts, *([self.router] if self.router != "least_load" else [])])
+
+    @property
+    def machine_name(self) -> str:
+        """Its GPUs, in words: `H100-SXM`, `2xH100-SXM` (tensor parallel), `4xH100-SXM pp2`."""
+        count = f"{self.machine.n_gpus}x" if self.machine.n_gpus > 1 else ""
+        return f"{count}{self.machine.gpu.name}{f' pp{self.stages}' if self.stages > 1 else ''}"
+
+    @property
+    def gpus_per_stage(self) -> int:
+        """Of a pipeline stage, tensor parallel."""
+        return self.machine.n_gpus // self.stages
 
     @property
     def tier_name(self) -> str:
@@ -95,17 +126,64 @@ class Candidate(Record):
         return self.policy != "full_recompute"
 
     def memory(self, model: ModelSpec) -> MemorySum:
-        """Where GPU memory goes."""
-        return memory_sum(model, self.machine.gpu, self.machine.n_gpus, self.engine)
+        """Where the memory of a GPU goes, of the stage with most layers; KV tokens of the group."""
+        return memory_sum(self.stage(model), self.machine.gpu, self.gpus_per_stage, self.engine)
+
+    def stage(self, model: ModelSpec) -> ModelSpec:
+        """What the largest pipeline stage holds: its layers, and the embedding or the head."""
+        if self.stages == 1:
+            return model
+        layers = -(-model.n_layers // self.stages)
+        name = f"{model.name} in {self.stages} stages"
+        return Stage(**{**model.model_dump(), "name": name, "n_layers": layers})
+
+    def check_fits(self, model: ModelSpec, catalogue: Catalogue, n_tokens: int) -> None:
+        """Whether GPU memory holds the model and KV for `n_tokens`.
+
+        Raises:
+            CapacityError: by how much not, and what would: other weights, GPUs, stages.
+            ModelError: more stages than layers.
+        """
+        if self.stages > model.n_layers:
+            raise ModelError(
+                "every pipeline stage must have a layer",
+                values=f"{self.stages} stages, {model.name} has {model.n_layers} layers",
+            )
+        machine, tp = self.machine, self.gpus_per_stage
+        try:
+            check_fits(self.stage(model), machine.gpu, tp, self.engine, catalogue, n_tokens)
+        except CapacityError as e:
+            fits = e.remedy.removeprefix("would fit: ").split("; ")
+            ways = [w for w in fits if e.remedy.startswith("would") and not w.startswith("int4")]
+            for n in (2, 4, 8, 16):
+                more = self.replace(stages=n, machine=machine.replace(n_gpus=tp * n))
+                if self.stages < n <= model.n_layers and more.memory(model).kv_tokens >= n_tokens:
+                    ways.append(f"{n} stages of {tp} x {machine.gpu.name}")
+                    break
+            text = f"would fit: {'; '.join(ways)}" if ways else "nothing here would fit"
+            raise CapacityError(e.rule, values=e.values, remedy=text) from None
 
     def kv_bytes_per_token(self, model: ModelSpec) -> int:
         """Of a stored token, all layers, in the stored format."""
         return round(model.kv_bytes_per_token * STORED_BITS[self.stored] / 16)
 
-    def cost(self, model: ModelSpec) -> StepTables:
-        """Seconds of steps of a replica; the same object for the same machine and model."""
-        machine, weights = self.machine, self.engine.weights
-        return _cost(machine.gpu, machine.n_gpus, model, weights, self.overhead_s)
+    def cost(self, model: ModelSpec, end: KernelEnd | None = None) -> StepCost:
+        """Seconds of steps of a replica; the same object for the same machine and model.
+
+        Args:
+            end: of the interval of every kernel, for the cost there; None for their middle.
+        """
+        tables = self.tables(model, end)
+        if self.stages == 1:
+            return tables
+        sheet = tables.cost.kernels.sheet
+        row_s = ACTIVATION_BYTES * model.hidden_size / sheet.link_bytes_per_s
+        return PipelineCost(tables, self.stages, HOP_S, row_s)
+
+    def tables(self, model: ModelSpec, end: KernelEnd | None = None) -> StepTables:
+        """Seconds of the whole model on the GPUs of one stage."""
+        gpu, weights = self.machine.gpu, self.engine.weights
+        return _tables(gpu, self.gpus_per_stage, model, weights, self.overhead_s, end)
 
     def fleet(self, model: ModelSpec, slo: Slo, n_replicas: int = 1) -> Fleet:
         """Equal replicas of this, with its tiers."""
@@ -150,10 +228,11 @@ class Candidate(Record):
 
     def _restore_s_per_token(self, model: ModelSpec) -> float:
         """Read the stored form, write bfloat16, at the rate of elementwise kernels."""
-        cost = self.cost(model).cost
+        cost = self.tables(model).cost
         moved = (self.kv_bytes_per_token(model) + model.kv_bytes_per_token) / model.n_layers
         per_gpu = moved * RESTORE_TOKENS / cost.tp
-        return model.n_layers * cost.kernels.elementwise_s(per_gpu) / RESTORE_TOKENS
+        layers = self.stage(model).n_layers  # stages restore their own, at the same time
+        return layers * cost.kernels.elementwise_s(per_gpu) / RESTORE_TOKENS
 
 
 def tiers_of(machine: MachineSpec, eviction: TierEviction = "lru") -> tuple[TierSpec, ...]:
@@ -199,11 +278,17 @@ def tiers_of(machine: MachineSpec, eviction: TierEviction = "lru") -> tuple[Tier
     return tuple(tiers)
 
 
-@lru_cache(maxsize=32)
-def _cost(
-    gpu: GpuRow, n_gpus: int, model: ModelSpec, weights: str, overhead_s: float
+@lru_cache(maxsize=64)
+def _tables(
+    gpu: GpuRow,
+    n_gpus: int,
+    model: ModelSpec,
+    weights: str,
+    overhead_s: float,
+    end: KernelEnd | None,
 ) -> StepTables:
-    kernels = KernelCost.load(sheet_of(gpu))
+    sheet = sheet_of(gpu)
+    kernels = KernelCost.load(sheet) if end is None else BoundedKernels(sheet, end)
     dtype = None if weights == "bfloat16" else weights
     return StepTables(ModelCost(model, kernels, n_gpus, dtype), overhead_s)
 

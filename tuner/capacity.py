@@ -4,12 +4,14 @@ One seed fixes the requests; rates only squeeze their arrivals, and all candidat
 ones. So the share of good requests falls almost monotonically with the rate, and bisection finds
 where it crosses. The first seed alone finds the neighbourhood; there all seeds run, fewer where
 those that ran have decided, and bisection ends at the tolerance or where a narrower bracket would
-be far inside the interval (`tuner/attainment.py`). What is compared is compared pair by pair.
+be far inside the interval (`tuner/attainment.py`); then rates further out, until the interval lies
+between those that ran. What is compared is compared pair by pair.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +24,10 @@ FIRST_TOLERANCE = 0.05
 """Of the first seed's own bracket."""
 INSIDE = 0.25
 """A bracket of this share of the interval is narrow enough."""
-BEYOND = 0.01
-"""Share of resamples that may cross outside the rates that ran."""
-WIDEN_MAX = 6
+IDLE = 8.0
+"""At the capacity divided by this, requests hardly meet."""
+BEYOND_MAX = 8
+"""Rates that are tried, about, to find the upper end of the interval."""
 
 Evaluate = Callable[[float, int], Trial]
 """(rate, seed) -> what happened."""
@@ -97,7 +100,7 @@ def find_capacity(
     rate = _bisect(runs.keeps, guess, step, enough, most_rps)
     estimate = None
     if rate is not None:
-        runs.widen(1 + 2 * tolerance, most_rps)
+        runs.settle(rate, 1 + 2 * tolerance, most_rps)
         estimate = runs.attainment().estimate()
     at_least = rate is not None and rate >= most_rps
     return Capacity(estimate, first, tuple(runs.trials.values()), runs.seeds, at_least)
@@ -151,20 +154,37 @@ class _Runs:
         found = self.attainment().estimate()
         return (found.high - found.low) / found.value
 
-    def widen(self, step: float, most_rps: float) -> None:
-        """Run further out until hardly any resample crosses beyond the last rate."""
-        for side in (0, 1):
-            factor = step
-            for _ in range(WIDEN_MAX):
-                table = self.attainment()
-                if table.beyond()[side] <= BEYOND:
-                    break
-                end = float(table.rates[-side])
-                rate = min(end * factor, most_rps) if side else end / factor
-                if rate == end:
-                    break
-                self.keeps(rate)
-                factor = min(factor * factor, 2.0)
+    def settle(self, rate: float, step: float, most_rps: float) -> None:
+        """Run what the interval around the capacity `rate` lacks.
+
+        A rate so low that what fails there does so without any load, rates beyond the upper end,
+        and the seeds that are missing in between.
+        """
+        self.all_seeds(max(rate / IDLE, RATE_MIN_RPS))
+        for _ in range(2 * BEYOND_MAX):
+            table = self.attainment()
+            higher = min(float(table.rates[-1]) * step, most_rps)
+            if table.ends()[1] is None and higher > table.rates[-1]:
+                self.all_seeds(higher)
+                step = min(step**2, 2.0)
+            elif not self.completed():
+                break
+
+    def completed(self) -> bool:
+        """Run the seeds that are missing inside the interval and at the rates next to it.
+
+        Those that ran there are not any seeds: they are the ones that decided against a rate.
+        """
+        found, rates = self.attainment().estimate(), sorted({rate for rate, _ in self.trials})
+        begin = max(0, bisect_left(rates, found.low) - 1)
+        before = len(self.trials)
+        for rate in rates[begin : bisect_right(rates, found.high) + 1]:
+            self.all_seeds(rate)
+        return len(self.trials) > before
+
+    def all_seeds(self, rate: float) -> None:
+        for seed in self.seeds:
+            self.trial(rate, seed)
 
 
 def ratio(changed: Capacity, base: Capacity, attainment: float) -> Estimate | None:

@@ -10,20 +10,18 @@ from pydantic import Field
 
 from ..core.model_spec import ModelSpec
 from ..core.record import Record
+from ..core.step_cost import StepCost
 from ..core.units import NS_PER_S
 from ..core.workload import Slo
 from ..simulator.serving import serve_trace
 from ..simulator.serving_result import ServingResult
-from ..simulator.step_tables import StepTables
 from .attainment import BATCHES, Trial
 from .candidate import Candidate
 from .traffic import Traffic
 from .warm_start import warm_snapshot
 
-STABLE_SHARE = 0.95
-"""A run whose requests leave more slowly than this share of how they came is overloaded."""
-ENDED_SHARE = 0.75
-"""Of a run's requests that have ended when the last one comes; fewer show a burst, not a rate."""
+BEHIND_MAX = 0.05
+"""Seconds that first tokens may fall behind per second of traffic; more is an overload."""
 
 PER_REPLICA = 200
 """Requests of a run of several replicas, at least, for each."""
@@ -36,8 +34,8 @@ class RunLength(Record):
     min_requests: int = Field(default=400, ge=20)
     max_requests: int = Field(default=6000, ge=20)
     warm_share: float = Field(default=0.2, ge=0, lt=1)
-    """First part of each run, which is not judged. Traffic without an order (rag) begins with the
-    tiers that long traffic leaves; other traffic has this part to fill them."""
+    """First part of each run, which is not judged. Traffic without an order (rag) and windows of a
+    trace begin with the tiers that what came before leaves; chats have this part to fill them."""
 
     def n_requests(self, rate_rps: float) -> int:
         """Requests of a run at this rate."""
@@ -55,7 +53,7 @@ def evaluate(
     seed: int,
     *,
     n_replicas: int = 1,
-    cost: StepTables | None = None,
+    cost: StepCost | None = None,
 ) -> Trial:
     """Serve `traffic` at a rate and judge what came after the caches were warm."""
     n_requests = max(
@@ -63,7 +61,9 @@ def evaluate(
     )
     table = traffic.table(n_requests, rate_rps, seed)
     fleet = candidate.fleet(model, slo, n_replicas)
-    before = traffic.before(n_requests, seed) if candidate.policy != "prefix_cache" else None
+    before = traffic.before(n_requests, seed)
+    if candidate.policy == "prefix_cache" and not table.chained:
+        before = None  # its tiers keep chains, which other chunks' ids do not name
     result = serve_trace(
         table,
         fleet,
@@ -75,23 +75,36 @@ def evaluate(
     in_ttft = (result.ttft_ms <= slo.ttft_ms)[judged]
     in_tpot = (np.nan_to_num(result.tpot_ms) <= slo.tpot_ms)[judged]
     batches = np.array_split(in_ttft & in_tpot, BATCHES)
+    behind = falls_behind(result.arrival_ns[judged], result.ttft_ms[judged])
     metrics = {"in_ttft": float(in_ttft.mean()), "in_tpot": float(in_tpot.mean())}
+    metrics |= {"ttft_s_per_s": behind, "traffic_s": float(np.ptp(result.arrival_ns)) / NS_PER_S}
     return Trial(
         rate_rps=rate_rps,
         seed=seed,
         good_share=float((in_ttft & in_tpot).mean()),
-        stable=_leaves_as_it_comes(result),
+        stable=behind <= BEHIND_MAX,
         good=tuple(int(batch.sum()) for batch in batches),
         judged=tuple(len(batch) for batch in batches),
+        n_whole=traffic.n_whole,
         metrics=metrics | _metrics(result, judged),
     )
 
 
-def _leaves_as_it_comes(result: ServingResult) -> bool:
-    came_s = float(np.ptp(result.arrival_ns)) / NS_PER_S
-    left_s = result.duration_s - float(np.median(result.e2e_ms)) / 1e3
-    ended = float((result.end_ns <= result.arrival_ns.max()).mean())
-    return left_s * STABLE_SHARE <= max(came_s, 1e-9) and ended >= ENDED_SHARE
+def falls_behind(arrival_ns: NDArray[np.int64], ttft_ms: NDArray[np.float64]) -> float:
+    """Seconds by which TTFT grows per second of traffic.
+
+    The median of the slopes between any two of `BATCHES` batches, in order of arrival (Theil 1950,
+    Sen 1968): a burst that passes moves it little, a queue that grows is in all of them. At a
+    multiple m of what can be served it is 1 - 1/m of the time it takes to serve, or m - 1.
+    """
+    order = np.argsort(arrival_ns, kind="stable")
+    parts = [part for part in np.array_split(order, BATCHES) if len(part)]
+    at_s = np.array([arrival_ns[part].mean() for part in parts]) / NS_PER_S
+    wait_s = np.array([ttft_ms[part].mean() for part in parts]) / 1e3
+    one, other = np.triu_indices(len(parts), 1)
+    apart_s = at_s[other] - at_s[one]
+    slopes = (wait_s[other] - wait_s[one])[apart_s > 0] / apart_s[apart_s > 0]
+    return float(np.median(slopes)) if len(slopes) else 0.0
 
 
 def _metrics(result: ServingResult, judged: NDArray[np.bool_]) -> dict[str, Any]:

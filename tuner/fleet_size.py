@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..simulator.step_tables import StepTables
+from ..core.step_cost import StepCost
 from .attainment import Trial, verdict
 from .candidate import Candidate
 from .capacity import keeps
-from .kernel_bounds import bounded_cost
 from .question import Question, runner
 
 TOGETHER_MAX = 256
@@ -79,8 +78,10 @@ def _to_be_sure(
     may be lower for the traffic's sake.
     """
     assert question.target_rps is not None
+    if not row["capacity_low_rps"]:
+        return None
     rate = question.target_rps * row["capacity_rps"] / row["capacity_low_rps"]
-    cost = bounded_cost(candidate, question.model, "high_s") if question.kernel_band else None
+    cost = candidate.cost(question.model, "high_s") if question.kernel_band else None
     fleets = _Fleets(question, candidate, rate, cost)
     most = min(REPLICAS_MAX, 16 * count + 16)
     return count if fleets.first_carries(count) else fewest(fleets.first_carries, count, most)
@@ -90,7 +91,7 @@ class _Fleets:
     """Equal replicas of a candidate at one rate, each number of them for each seed run once."""
 
     def __init__(
-        self, question: Question, candidate: Candidate, rate: float, cost: StepTables | None = None
+        self, question: Question, candidate: Candidate, rate: float, cost: StepCost | None = None
     ) -> None:
         self.question, self.candidate, self.rate, self.cost = question, candidate, rate, cost
         self.trials: dict[tuple[int, int], Trial] = {}

@@ -7,52 +7,18 @@ That all kernels err together, and in one direction, is the worst case: the band
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
-from ..core.catalogue import GpuRow
-from ..core.model_spec import ModelSpec
-from ..simulator.gpu_sheet import GpuSheet
-from ..simulator.kernel_cost import KernelCost, Prediction
-from ..simulator.model_cost import ModelCost
-from ..simulator.step_tables import StepTables
 from .attainment import Estimate
-from .candidate import Candidate, sheet_of
+from .bounded_kernels import KernelEnd
+from .candidate import Candidate
 from .capacity import RATE_MIN_RPS, Capacity, first_capacity
 from .question import Question, runner
 
-End = Literal["low_s", "high_s"]
+ENDS: tuple[KernelEnd, KernelEnd] = ("high_s", "low_s")
 
 SAMPLE: tuple[list[tuple[int, int]], int, int] = ([(2048, 4096)], 16, 32_000)
 """A step whose change tells where to look first."""
-
-
-class BoundedKernels(KernelCost):
-    """Kernels whose seconds are an end of the interval."""
-
-    def __init__(self, sheet: GpuSheet, end: End) -> None:
-        super().__init__(sheet)
-        self.end = end
-
-    def predict(self, kind: str, **sizes: float) -> Prediction:
-        """`KernelCost.predict`, moved to the end."""
-        found = super().predict(kind, **sizes)
-        return found._replace(seconds=getattr(found, self.end))
-
-
-def bounded_cost(candidate: Candidate, model: ModelSpec, end: str) -> StepTables:
-    """`Candidate.cost` at the end `low_s` or `high_s` of all intervals."""
-    machine, weights = candidate.machine, candidate.engine.weights
-    return _bounded(machine.gpu, machine.n_gpus, model, weights, candidate.overhead_s, end)
-
-
-@lru_cache(maxsize=32)
-def _bounded(
-    gpu: GpuRow, n_gpus: int, model: ModelSpec, weights: str, overhead_s: float, end: End
-) -> StepTables:
-    kernels = BoundedKernels(sheet_of(gpu), end)
-    dtype = None if weights == "bfloat16" else weights
-    return StepTables(ModelCost(model, kernels, n_gpus, dtype), overhead_s)
 
 
 def band_row(question: Question, candidate: Candidate, found: Capacity) -> dict[str, Any]:
@@ -81,8 +47,8 @@ def _kernel_band(
     first = found.first_rps or value
     middle_s = candidate.cost(question.model).step_s(*SAMPLE)
     ends = []
-    for end in ("high_s", "low_s"):
-        cost = bounded_cost(candidate, question.model, end)
+    for end in ENDS:
+        cost = candidate.cost(question.model, end)
         guess = max(RATE_MIN_RPS, first * middle_s / cost.step_s(*SAMPLE))
         run = runner(question, candidate, cost=cost)
         rate = first_capacity(run, level, question.seeds[0], guess, 1.1, most)

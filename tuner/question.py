@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field, model_validator
 
 from ..core.model_spec import ModelSpec
 from ..core.record import Record
+from ..core.step_cost import StepCost
 from ..core.workload import Slo
-from ..simulator.step_tables import StepTables
 from .attainment import Trial
 from .candidate import Candidate
 from .capacity import RATE_MAX_RPS, Evaluate
 from .evaluate import RunLength, evaluate
 from .traffic import Traffic
+
+LIMITS = 20
+"""A run is so many times as long as the TTFT that is allowed."""
+BURSTS = 5
+"""Bursts of late requests that the runs of all seeds together may show."""
 
 
 class Question(Record):
@@ -28,6 +35,24 @@ class Question(Record):
     tolerance: float = Field(default=0.02, ge=1e-3, le=0.5)
     kernel_band: bool = True
     """Whether to search again with the kernels at either end of their interval."""
+
+    @property
+    def runs(self) -> RunLength:
+        """How much traffic a run has: what is asked, or more where that would not show it.
+
+        The queue needs time to grow by the TTFT that is allowed, and one burst of late requests
+        lasts about as long: all seeds together should see several. Of a trace, they see it all.
+        """
+        ttft_s = self.slo.ttft_ms / 1e3
+        misses = max(1 - self.attainment, 1 / self.length.max_requests)
+        bursts_s = ttft_s * BURSTS / misses / len(self.seeds)
+        fewest = self.length.min_requests
+        if self.traffic.n_whole is not None:
+            fewest = max(fewest, math.ceil(self.traffic.n_whole / len(self.seeds)))
+        return self.length.replace(
+            horizon_s=max(self.length.horizon_s, LIMITS * ttft_s, bursts_s),
+            min_requests=min(fewest, max(self.length.min_requests, self.length.max_requests)),
+        )
 
     @property
     def most_rps(self) -> float:
@@ -52,7 +77,7 @@ def runner(
     candidate: Candidate,
     *,
     n_replicas: int = 1,
-    cost: StepTables | None = None,
+    cost: StepCost | None = None,
 ) -> Evaluate:
     """Runs at any rate, for any seed; of another `cost` than the candidate's if that is given."""
 
@@ -62,7 +87,7 @@ def runner(
             question.model,
             question.slo,
             question.traffic,
-            question.length,
+            question.runs,
             rate,
             seed,
             n_replicas=n_replicas,

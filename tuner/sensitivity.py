@@ -19,8 +19,8 @@ from .question import Question
 from .whatif import task_of
 
 KNOBS = (
-    "gpu", "n_gpus", "link", "dram", "dram_gib", "disk", "network", "policy", "stored", "weights",
-    "ratio", "shared", "eviction",
+    "gpu", "n_gpus", "stages", "link", "dram", "dram_gib", "disk", "network", "policy", "stored",
+    "weights", "ratio", "shared", "eviction",
 )  # fmt: skip
 
 
@@ -57,16 +57,21 @@ class Change:
                 machine=_replaced(machine, self, dram_limit_bytes=n_bytes)
             )
         elif self.knob == "n_gpus":
-            changed = _replaced(machine, self, n_gpus=int(_number(self)))
+            n_gpus = candidate.stages * _count(self)
+            changed = _replaced(machine, self, n_gpus=n_gpus)
             candidate = candidate.replace(machine=changed)
+        elif self.knob == "stages":
+            n_stages, per_stage = _count(self), candidate.gpus_per_stage
+            changed = _replaced(machine, self, n_gpus=n_stages * per_stage)
+            candidate = _replaced(candidate, self, stages=n_stages, machine=changed)
         elif self.knob == "gpu":
             row = catalogue.gpu(self.value)
             link = catalogue.link(row.link)
             dram = catalogue.dram(DEFAULT_DRAM.get(link.name, "ddr5-4800"))
             candidate = candidate.replace(machine=machine.replace(gpu=row, link=link, dram=dram))
         else:
-            row = None if self.value == "none" else getattr(catalogue, self.knob)(self.value)
-            candidate = candidate.replace(machine=_replaced(machine, self, **{self.knob: row}))
+            part = None if self.value == "none" else getattr(catalogue, self.knob)(self.value)
+            candidate = candidate.replace(machine=_replaced(machine, self, **{self.knob: part}))
         return question, candidate
 
 
@@ -145,6 +150,13 @@ def _number(change: Change) -> float:
         return float(change.value)
     except ValueError:
         raise CacheTuneError(f"{change.knob} must be a number", values=repr(change.value)) from None
+
+
+def _count(change: Change) -> int:
+    number = _number(change)
+    if not 1 <= number <= 64 or number != int(number):
+        raise CacheTuneError(f"{change.knob} must be 1 to 64", values=repr(change.value))
+    return int(number)
 
 
 def _replaced(record: Any, change: Change, **fields: Any) -> Any:

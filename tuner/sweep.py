@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def sweep(
     tasks: Sequence[Task],
     *,
     workers: int = 1,
-    backend: str = "processes",
+    backend: str | Backend = "processes",
     journal: Path | None = None,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
@@ -53,7 +54,7 @@ def sweep(
         work: see `Work`.
         tasks: JSON objects; equal ones are computed once.
         workers: processes, at least 1; 1 computes here.
-        backend: of `BACKENDS`.
+        backend: of `BACKENDS`, or `processes` that are kept for several sweeps.
         journal: JSON lines, made or continued.
         on_done: called with (tasks done, tasks) after each.
 
@@ -61,7 +62,7 @@ def sweep(
         Interrupted: Ctrl-C; the journal has what was done.
         CacheTuneError: no such backend, it is not installed, or the journal is of another kind.
     """
-    run = _backend(backend, workers)
+    run = _backend(backend, workers) if isinstance(backend, str) else backend
     keys = [task_key(work, task) for task in tasks]
     known = Journal(journal).read() if journal is not None else {}
     todo = {k: t for k, t in zip(keys, tasks, strict=True) if k not in known}
@@ -172,21 +173,35 @@ def _here(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int
 
 
 def _processes(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Result]]:
+    with processes(min(workers, max(1, len(tasks)))) as run:
+        yield from run(work, tasks, workers)
+
+
+@contextmanager
+def processes(workers: int) -> Iterator[Backend]:
+    """A backend whose processes stay for several sweeps, with all that they have read and fitted;
+    with one worker, this process."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
+    if workers == 1:
+        yield _here
+        return
     # Not fork: a progress bar has a thread, and a fork may take its locks along.
-    pool = ProcessPoolExecutor(
-        min(workers, max(1, len(tasks))), get_context("spawn"), _worker, (list(sys.path),)
-    )
-    try:
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _worker, (list(sys.path),))
+
+    def run(work: Work, tasks: Sequence[Task], _workers: int) -> Iterator[tuple[int, Result]]:
         futures = {pool.submit(work, dict(task)): at for at, task in enumerate(tasks)}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    finally:
+
+    try:
+        yield run
+    except BaseException:
         for process in list((pool._processes or {}).values()):
-            if sys.exc_info()[0] is not None:
-                process.terminate()
+            process.terminate()
+        raise
+    finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 

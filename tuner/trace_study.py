@@ -24,7 +24,7 @@ from ..core.units import GIB
 from ..core.workload import Slo
 from ..simulator.serving import serve_trace
 from .candidate import Candidate
-from .sweep import sweep
+from .sweep import processes, sweep
 from .traffic import Traffic
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Space(Record):
     """What a trial may choose; `n_replicas` is the two ends."""
 
     gpus: tuple[str, ...] = ("A100-SXM-80GB", "H100-SXM", "L40S")
+    n_gpus: tuple[int, ...] = (1,)
+    """Per replica, tensor parallel."""
     n_replicas: tuple[int, int] = (1, 16)
     policies: tuple[str, ...] = ("prefix_cache", "cachetune")
     stored: tuple[str, ...] = ("bf16", "int8", "int4")
@@ -76,24 +78,28 @@ def trace_study(
     sampler = optuna.samplers.NSGAIISampler(population_size=GROUP, seed=question.seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     rows: list[dict[str, Any]] = []
-    while len(rows) < question.n_trials:
-        n = min(GROUP, question.n_trials - len(rows))
-        asked = [study.ask(_distributions(question.space)) for _ in range(n)]
-        tasks = [{"question": question.model_dump(mode="json"), "params": t.params} for t in asked]
-        done = len(rows)
-        found = sweep(
-            simulate,
-            tasks,
-            workers=workers,
-            journal=journal,
-            on_done=lambda k, _, done=done: on_done(done + k, question.n_trials),
-        )
-        for trial, row in zip(asked, found, strict=True):
-            rows.append({"trial": trial.number, **trial.params, **row})
-            if row["why_not"]:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                study.tell(trial, [row["usd_per_h"], row["ttft_ms_p99"]])
+    with processes(workers) as run:
+        while len(rows) < question.n_trials:
+            n, done = min(GROUP, question.n_trials - len(rows)), len(rows)
+            asked = [study.ask(_distributions(question.space)) for _ in range(n)]
+
+            def tell(k: int, _: int, done: int = done) -> None:
+                on_done(done + k, question.n_trials)
+
+            found = sweep(
+                simulate,
+                [{"question": question.model_dump(mode="json"), "params": t.params} for t in asked],
+                workers=workers,
+                backend=run,
+                journal=journal,
+                on_done=tell,
+            )
+            for trial, row in zip(asked, found, strict=True):
+                rows.append({"trial": trial.number, **trial.params, **row})
+                if row["why_not"]:
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                else:
+                    study.tell(trial, [row["usd_per_h"], row["ttft_ms_p99"]])
     return study, rows
 
 
@@ -134,11 +140,23 @@ def front(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def share_of(row: Mapping[str, Any]) -> float:
+    """Share of requests that keep their SLO, in the class where it is smallest."""
+    return min(row["good_share"].values(), default=0.0)
+
+
+def cheapest(rows: Sequence[Mapping[str, Any]], share: float) -> dict[str, Any] | None:
+    """The cheapest trial in which at least `share` of requests keep the SLO; None if none does."""
+    kept = [dict(r) for r in rows if not r["why_not"] and share_of(r) >= share]
+    return min(kept, key=lambda r: (r["usd_per_h"], r["ttft_ms_p99"]), default=None)
+
+
 def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    choices = {
+    choices: dict[str, Sequence[str | int]] = {
         "gpu": space.gpus,
+        "n_gpus": space.n_gpus,
         "policy": space.policies,
         "stored": space.stored,
         "disk": space.disks,
@@ -159,8 +177,9 @@ def _candidate(p: Mapping[str, Any]) -> Candidate:
     machine = compose(
         load_catalogue(),
         p["gpu"],
+        n_gpus=p["n_gpus"],
         dram_limit_bytes=p["dram_gib"] * GIB,
-        disk=p["disk"],
+        disk=None if p["disk"] == "none" else p["disk"],
         network=None if p["network"] == "none" else p["network"],
     )
     return Candidate(

@@ -1,7 +1,9 @@
 """Traffic of a question: a generator's parameters or a trace file, at any rate, for any seed.
 
 A seed draws the requests; a rate only squeezes their arrivals, so that runs at different rates and
-of different candidates see the same requests. Of a trace, a seed draws where the window begins.
+of different candidates see the same requests. Of a trace, a seed says where the window begins; few
+seeds lie far apart, and a window that reaches the end goes on at the beginning. All windows are
+squeezed by the same factor, that of the whole trace: its busy hours stay busy.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ..core.rng import rng
 from ..core.trace_files import read_trace
 from ..core.trace_lines import TraceSource
 from ..core.trace_make import Lengths, chat_table, rag_table
+from ..core.units import NS_PER_S
 
 GENERATORS: dict[str, dict[str, float]] = {
     "rag": {
@@ -51,6 +54,9 @@ second, `think` in seconds, `cv` of the gaps between arrivals (1 is Poisson)."""
 BASE_REQUESTS = 8192
 """Requests that are drawn at once: runs of fewer are the first of the same ones. Powers of two."""
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, without their whole part, spread evenly however many there are."""
+
 
 class Traffic(Record):
     """What comes, apart from how often.
@@ -78,14 +84,30 @@ class Traffic(Record):
         table = _rows(base, 0, min(n_requests, len(base)))
         if self.shared < 1 and not self.is_stationary:
             table = unshared(table, self.shared, seed)
-        return table.scaled(rate_rps / rate_of(base))
+        return table.scaled(rate_rps / rate_of(self._recorded if self.is_trace else base))
 
     def before(self, n_requests: int, seed: int) -> RequestTable | None:
-        """What may have come before `table`'s requests, ids as there; None where order matters."""
+        """What came before `table`'s requests, ids as there; None if nothing is known of it.
+
+        Of a trace, what it has before the window; of traffic without an order, more of the same.
+        """
         base = self._whole(n_requests, seed)
+        if self.is_trace:
+            start = _start(len(base), seed)
+            return _rows(base, len(base) - start, len(base)) if start else None
         if not self.is_stationary or len(base) <= n_requests:
             return None
         return _rows(base, n_requests, len(base))
+
+    @property
+    def is_trace(self) -> bool:
+        """Whether this is a file."""
+        return not is_generator(self.text)
+
+    @property
+    def n_whole(self) -> int | None:
+        """Requests of the trace; None of a generator, which has no end."""
+        return len(self._recorded) if self.is_trace else None
 
     @property
     def is_stationary(self) -> bool:
@@ -97,22 +119,28 @@ class Traffic(Record):
         """Whether some requests come only after another one was answered."""
         return bool((self._whole(1, 0).after >= 0).any())
 
+    @property
+    def _recorded(self) -> RequestTable:
+        return _trace(self.replace(shared=1.0))
+
     def _whole(self, n_requests: int, seed: int) -> RequestTable:
         whole = self if self.is_stationary else self.replace(shared=1.0)
-        return _base(whole, round_up(2 * n_requests), seed)
+        if self.is_trace:
+            return _turned(whole, seed)
+        return _generated(whole, round_up(2 * n_requests), seed)
 
     @property
     def provenance(self) -> dict[str, str]:
         """Where the requests come from."""
         if is_generator(self.text):
             return {"generator": self.text, "shared": f"{self.shared:g}"}
-        return {**_trace(self.replace(shared=1.0)).provenance, "shared": f"{self.shared:g}"}
+        return {**self._recorded.provenance, "shared": f"{self.shared:g}"}
 
     @property
     def rate_rps(self) -> float | None:
         """The rate that was asked for, or at which the trace was recorded."""
-        if not is_generator(self.text):
-            return rate_of(_trace(self.replace(shared=1.0)))
+        if self.is_trace:
+            return rate_of(self._recorded)
         return parameters(self.text)["rate"] if "rate=" in self.text else None
 
 
@@ -175,14 +203,6 @@ def unshared(table: RequestTable, shared: float, seed: int) -> RequestTable:
     return replace(table, chunk_ids=ids, chunk_tokens=tokens, chunk_names=None, provenance=source)
 
 
-@lru_cache(maxsize=8)
-def _base(traffic: Traffic, n_requests: int, seed: int) -> RequestTable:
-    if is_generator(traffic.text):
-        return _generated(traffic, n_requests, seed)
-    whole = _trace(traffic)
-    return whole if n_requests >= len(whole) else _window(whole, n_requests, seed)
-
-
 def is_generator(text: str) -> bool:
     """Whether this names a generator and not a file."""
     return text.partition(":")[0] in GENERATORS and not Path(text).exists()
@@ -217,23 +237,34 @@ def parameters(text: str) -> dict[str, float]:
     return found
 
 
-def _window(whole: RequestTable, n: int, seed: int) -> RequestTable:
-    """`n` requests in a row from a place that the seed draws; turns keep their conversation."""
-    start = int(rng(seed, "window").integers(0, len(whole) - n + 1))
-    rows = np.arange(start, start + n)
+def _start(n: int, seed: int) -> int:
+    """Row where a seed's window begins: few of them are far apart, whatever their number."""
+    return int(n * (seed * GOLDEN % 1))
+
+
+@lru_cache(maxsize=8)
+def _turned(traffic: Traffic, seed: int) -> RequestTable:
+    """The trace from a seed's row on, then what is before it; turns keep their conversation."""
+    whole = _trace(traffic)
+    start = _start(len(whole), seed)
+    if not start:
+        return whole
+    rows = np.concatenate([np.arange(start, len(whole)), np.arange(start)])
     if (whole.after >= 0).any():
         kept = np.zeros(len(whole), bool)
-        kept[rows] = True
         for row in rows:
             before = whole.after[row]
             kept[row] = before < 0 or kept[before]
-        rows = np.flatnonzero(kept)
-    taken = whole.take(rows, window=f"{start}+{n}")
-    shift = int(taken.arrival_ns[taken.after < 0][0])
-    arrival = np.where(taken.after < 0, taken.arrival_ns - shift, taken.arrival_ns)
-    return replace(taken, arrival_ns=arrival)
+        rows = rows[kept[rows]]
+    turned = whole.take(rows, window=f"{start}+")
+    times = np.maximum.accumulate(np.where(whole.after < 0, whole.arrival_ns, 0))
+    lasts_ns = int(times[-1]) + round(NS_PER_S / rate_of(whole))
+    again = np.where(rows < start, lasts_ns, 0) - int(times[start])
+    free = turned.after < 0
+    return replace(turned, arrival_ns=np.where(free, turned.arrival_ns + again, turned.arrival_ns))
 
 
+@lru_cache(maxsize=8)
 def _generated(traffic: Traffic, n: int, seed: int) -> RequestTable:
     p = parameters(traffic.text)
     gaps: dict[str, Any] = {} if p["cv"] == 1 else {"kind": "gamma", "cv": p["cv"]}

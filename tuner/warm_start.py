@@ -25,12 +25,19 @@ def warm_snapshot(before: RequestTable, fleet: Fleet) -> dict[str, list[Ints]]:
         fleet: its tiers; each replica has seen every n-th request.
     """
     tiers = fleet.replica.tiers
-    n_bytes = before.chunk_tokens.astype(np.int64) * fleet.policy.kv_bytes_per_token
+    names, n_tenants = before.chunk_ids.astype(np.int64), len(before.tenants)
     found: dict[str, list[Ints]] = {tier.name: [] for tier in tiers}
     rows = before.rows_of_chunks()
+    if n_tenants > 1:  # tenants share nothing: as `JobFeed.names`
+        names = names * n_tenants + before.tenant[rows]
+
+    def ends_of(recent: Ints) -> Ints:
+        tokens = before.chunk_tokens[recent // n_tenants].astype(np.int64)
+        return np.cumsum(tokens * fleet.policy.kv_bytes_per_token)
+
     for replica in range(fleet.n_replicas):
-        recent = latest_first(before.chunk_ids[rows % fleet.n_replicas == replica])
-        ends = np.cumsum(n_bytes[recent])
+        recent = latest_first(names[rows % fleet.n_replicas == replica])
+        ends = ends_of(recent)
         begin = 0
         for tier in tiers:
             if tier.shared:
@@ -42,9 +49,9 @@ def warm_snapshot(before: RequestTable, fleet: Fleet) -> dict[str, list[Ints]]:
             begin = end
     for tier in tiers:
         if tier.shared:
-            recent = latest_first(before.chunk_ids)
+            recent = latest_first(names)
             room = tier.capacity_bytes if tier.capacity_bytes is not None else 1 << 62
-            kept = int(np.searchsorted(np.cumsum(n_bytes[recent]), room, side="right"))
+            kept = int(np.searchsorted(ends_of(recent), room, side="right"))
             found[tier.name] = [recent[:kept][::-1]]
     return found
 

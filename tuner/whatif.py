@@ -17,14 +17,14 @@ from typing import Any
 
 from ..core.catalogue import GpuRow, load_catalogue
 from ..core.errors import CacheTuneError, ProfileError
-from ..core.memory_sum import check_fits
+from .attainment import Trial
 from .candidate import Candidate, kernels_of
 from .capacity import Capacity, find_capacity, keeps
 from .fleet_size import fleet_row, per_mtok, tokens_per_s
 from .kernel_bounds import band_row
-from .question import Question, runner
+from .question import LIMITS, Question, runner
 
-ROW_VERSION = 2
+ROW_VERSION = 3
 """Of what a row holds: a journal with rows of another is not taken."""
 
 
@@ -62,9 +62,7 @@ def _identity(question: Question, candidate: Candidate) -> dict[str, Any]:
     memory = candidate.memory(question.model)
     return {
         "name": candidate.name,
-        "machine": machine.gpu.name
-        if machine.n_gpus == 1
-        else f"{machine.n_gpus}x{machine.gpu.name}",
+        "machine": candidate.machine_name,
         "tiers": candidate.tier_name,
         "policy": candidate.policy,
         "stored": candidate.stored if candidate.reuses else "none",
@@ -95,7 +93,7 @@ def _kernels(gpu: GpuRow) -> str:
 
 
 def _check(question: Question, candidate: Candidate) -> None:
-    table = question.traffic.table(question.length.min_requests, 1.0, question.seeds[0])
+    table = question.traffic.table(question.runs.min_requests, 1.0, question.seeds[0])
     longest = int((table.prompt_tokens + table.output_tokens).max())
     if longest > question.model.max_position:
         raise CacheTuneError(
@@ -103,9 +101,7 @@ def _check(question: Question, candidate: Candidate) -> None:
             values=f"{longest} tokens",
             remedy="use a model with a longer context, or shorter prompts",
         )
-    machine = candidate.machine
-    args = (machine.gpu, machine.n_gpus, candidate.engine, load_catalogue(), longest)
-    check_fits(question.model, *args)
+    candidate.check_fits(question.model, load_catalogue(), longest)
 
 
 def _capacity(question: Question, candidate: Candidate) -> Capacity:
@@ -126,8 +122,7 @@ def _capacity_row(question: Question, candidate: Candidate, found: Capacity) -> 
         return row
     trial = found.at_capacity()
     most = question.length.max_requests
-    cut = [t for t in found.trials if not t.stable and t.good_share >= question.attainment]
-    if found.at_least or any(t.metrics["n_requests"] >= most for t in cut):
+    if found.at_least or any(_is_cut(question, t) for t in found.trials):
         row["note"] = (
             f"at least: runs of {most} requests cannot show a higher rate, --max-requests can"
         )
@@ -156,13 +151,21 @@ def _capacity_row(question: Question, candidate: Candidate, found: Capacity) -> 
     return row
 
 
+def _is_cut(question: Question, trial: Trial) -> bool:
+    """Whether its queue grew but kept the level, and it was too short to tell how that ends."""
+    n, traffic_s = trial.metrics["n_requests"], trial.metrics["traffic_s"]
+    short = traffic_s < LIMITS * question.slo.ttft_ms / 1e3
+    kept = trial.good_share >= question.attainment
+    return kept and not trial.stable and short and n >= question.length.max_requests
+
+
 def _closest(question: Question, found: Capacity) -> str:
     trial = found.closest()
     m, slo = trial.metrics, question.slo
     if trial.good_share >= question.attainment:
         return (
-            f"requests leave more slowly than they come at any rate, or runs of "
-            f"{question.length.horizon_s:g} s are too short for them; a longer --horizon shows it"
+            f"the queue grows at any rate, or runs of {question.runs.horizon_s:g} s are too short "
+            f"to tell; a longer --horizon shows it"
         )
     return (
         f"no rate keeps TTFT ≤ {slo.ttft_ms:g} ms and TPOT ≤ {slo.tpot_ms:g} ms for "

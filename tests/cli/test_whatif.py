@@ -135,13 +135,19 @@ def test_the_page_answers_and_filters_in_a_browser(answered: Path):
         (("--price", "H100-SXM=-1"), "NAME=USD_PER_H"),
         (("--price", "H100=1"), "did you mean"),
         (("--what-if", "colour=red"), "a what-if must be one of"),
+        (("--what-if", "stored=int4,stored=int3"), "what if stored=int3"),
+        (("--what-if", "disk=nvme"), "did you mean nvme-gen3"),
+        (("--what-if", "stages=1.5"), "1 to 64"),
         (("--target-rps", "-1"), "greater than 0"),
         (("--n-gpus", "0"), "1 to 64"),
         (("--n-gpus", "3"), "must divide"),
+        (("--stages", "0"), "pipeline stages must be 1 to 64"),
+        (("--stages", "64"), "every pipeline stage must have a layer"),
         (("--backend", "threads"), "processes, ray"),
         (("--router", "nearest"), "the candidate: router"),
         (("--eviction", "fifo"), "the candidate: eviction"),
         (("--model", "Llama-3.1-70B"), "would fit: fp8 weights; 2 x H100-SXM"),
+        (("--model", "Llama-3.1-70B"), "2 stages of 1 x H100-SXM"),
         (("--slo", "ttft_ms=1,tpot_ms=1"), "closest"),
     ],
 )
@@ -161,6 +167,30 @@ def test_a_machine_without_a_price_is_answered_without_cost(run: Run, tmp_path: 
     assert status == 0 and "--price GH200=USD_PER_H" in err and "$" not in out
     status, out, err = run(*argv, "--price", "gh200=2.5")
     assert status == 0 and "--price" not in err and "$2.5 per hour" in out
+
+
+def test_a_machine_of_one_s_own_in_pipeline_stages(run: Run, tmp_path: Path):
+    """GPU, disk and network of a catalogue file, two stages, a packed format."""
+    figures = {"memory_bytes": 9e10, "link": "pcie5-x16", "vendor": "ours", "price": 1.5}
+    peaks = {"bf16_flops": 5e14, "memory_bytes_per_s": 2e12, "n_sms": 120, "link_bytes_per_s": 6e10}
+    disk = {"read_bytes_per_s": 2e10, "write_bytes_per_s": 1e10, "read_latency_s": 1e-4}
+    disk |= {"read_iops": 2e6, "capacity_bytes": 8e12, "queue_depth": 64, "price": 0.1}
+    network = {"raw_bits_per_s": 5e10, "read_bytes_per_s": 5.5e9, "latency_s": 1e-5}
+    ours = {"gpus": {"Ours": {**figures, "peaks": peaks}}, "disks": {"raid": disk}}
+    path = tmp_path / "ours.json"
+    path.write_text(json.dumps({**ours, "networks": {"lan": network}}))
+    argv = [*SMALL, "--gpu", "ours", "--disk", "raid", "--network", "lan", "--catalogue", path]
+    argv += ["--stages", "1,2", "--format", "int4", "--seeds", "1", "--max-requests", "60"]
+    status, _, err = run(*argv, "--what-if", "stages=2,stored=bf16", "--out", tmp_path)
+    assert status == 0, err
+    answer = json.loads((tmp_path / "whatif.json").read_text())
+    one, two = answer["rows"]
+    assert two["name"] == "2xOurs pp2 · dram+raid+lan · cachetune · int4"
+    assert (one["usd_per_h"], two["usd_per_h"]) == (1.6, 3.1)  # both GPUs, one disk
+    assert two["kv_tokens"] > 2 * one["kv_tokens"] and "borrowed" in one["kernels"]
+    assert {"raid", "lan"} <= {p["row"] for p in one["provenance"]}
+    stages, stored = answer["what_if"]
+    assert stages["ratio"] > 1 and 0.5 < stored["ratio"] <= 1.05
 
 
 def test_ctrl_c_keeps_what_was_computed(tmp_path: Path):

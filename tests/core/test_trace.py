@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cachetune.core.errors import SchemaError
 from cachetune.core.ops import Outcome, Segment, Span
-from cachetune.core.timeline import Timeline
+from cachetune.core.timeline import HostWait, Timeline
 from cachetune.core.trace import read_spans, to_chrome, write_chrome, write_spans
 from cachetune.core.workload import Slo
 from support import make_op, make_workload
@@ -30,7 +30,11 @@ def timeline() -> Timeline:
     )
     requests = make_workload([("a",), ("a", "b")], gap_ns=250).requests
     with_slo = requests[1].replace(slo=Slo(ttft_ms=1.5, tpot_ms=2))
-    return Timeline(spans, 1000, (requests[0], with_slo), "a label")
+    waits = (
+        HostWait(0, "rope table", 1100, 1350),
+        HostWait(0, "end of load", 1500, 4500, "io.dram.0"),
+    )
+    return Timeline(spans, 1000, (requests[0], with_slo), "a label", waits)
 
 
 def test_raw_spans_come_back_as_they_were(tmp_path: Path):
@@ -109,5 +113,14 @@ def test_the_trace_is_plain_json(tmp_path: Path):
     write_chrome(tmp_path / "t.json", timeline())
     loaded = json.loads((tmp_path / "t.json").read_text())
     assert loaded["otherData"] == {"label": "a label", "start_ns": 1000}
-    arrivals = [e["ts"] for e in loaded["traceEvents"] if e["ph"] == "i"]
+    arrivals = [e["ts"] for e in loaded["traceEvents"] if e["name"].startswith("arrival")]
     assert arrivals == [0.0, 0.25]
+
+
+def test_waits_of_the_host_are_instants_on_the_lane_of_their_stream():
+    events = [e for e in to_chrome(timeline())["traceEvents"] if e.get("cat") == "sync"]
+    table = [(e["name"], e["ph"], e["s"], e["tid"], e["ts"], e["args"]["wait_us"]) for e in events]
+    assert table == [
+        ("sync: rope table", "i", "p", 0, 0.35, 0.25),
+        ("sync: end of load", "i", "t", 2, 3.5, 3.0),
+    ]

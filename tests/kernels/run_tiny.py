@@ -2,7 +2,7 @@
 
 A process of its own, because TRITON_INTERPRET must be set before triton is imported. Prints one
 line per case: ``name<TAB>ok`` or ``name<TAB>reason``; and for mistakes that a case must tell
-``name<TAB>caught`` or ``name<TAB>not caught``.
+``name<TAB>caught`` or ``name<TAB>not caught``; and ``unread bits``, of blocks that are not mixed.
 """
 
 import os
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from cachetune.kernels.key_bitmap import KeyBitmap
 from cachetune.kernels.registry import KernelCase, all_cases
 from torch import Tensor
 
@@ -54,9 +55,25 @@ MUTANTS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
     ),
     "a key of the future": ("d64_g3_tiny", lambda x: _at(x["positions"] + 1)),
     "no window": ("d80_window_tiny", lambda x: {"window": None, "plan": None}),
-    "holes seen": ("d96_holes_tiny", lambda x: {"keep": None}),
+    "holes seen": ("d96_holes_tiny", lambda x: {"holes": None}),
 }
 """Mistakes of real kernels, and the case that must tell."""
+
+
+def unread_bits(case: KernelCase) -> str:
+    """Bits turned over wherever a whole word is set or clear change nothing before the diagonal:
+    whole blocks are not masked, empty ones not visited. Block lists are as they were."""
+    inputs = case.make_inputs(1, "cpu")
+    holes, n_keys = inputs["holes"], inputs["n_keys"]
+    inputs |= _at(torch.arange(n_keys - len(inputs["positions"]), n_keys))
+    word = torch.arange(len(holes.words))
+    plain = ((holes.words == 0) | (holes.words == -1)) & (word < n_keys // 64 - 1)
+    lists = {size: holes.blocks(size) for size in (16, 32, 64)}
+    turned = KeyBitmap(torch.where(plain, ~holes.words, holes.words), holes.n_slots, lists)
+    got, want = case.launch(inputs | {"holes": turned}), case.reference(inputs)
+    if not int(plain.sum()) > 4:
+        return "the case has no such words"
+    return _differs(got[0], want[0], case.tolerance) or "ok"
 
 
 if __name__ == "__main__":
@@ -65,6 +82,7 @@ if __name__ == "__main__":
     by_name = {case.name: case for case in all_cases()}
     for name, (label, change) in MUTANTS.items():
         print(f"{name}\t{mutant(by_name[f'sparse_attention/{label}'], change)}", flush=True)
+    print(f"unread bits\t{unread_bits(by_name['sparse_attention/d96_holes_tiny'])}", flush=True)
     for each in all_cases():
         if each.tiny and each.name.startswith(wanted):
             print(f"{each.name}\t{verdict(each)}", flush=True)

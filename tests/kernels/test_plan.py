@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed; the plan belongs to its kernel")
 
 import torch
-from cachetune.kernels.sparse_attention import TileConfig, plan_tiles
+from cachetune.kernels.tile_plan import TileConfig, plan_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

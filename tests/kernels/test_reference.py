@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cachetune.kernels import packing, reference
+from cachetune.kernels.key_bitmap import KeyBitmap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -64,7 +65,8 @@ def test_sparse_attention_is_causal_by_position(p: dict) -> None:
         clean_k, clean_v = k, v
         k, v = k.clone(), v.clone()
         k[:, ~keep] = v[:, ~keep] = math.nan
-    got = reference.sparse_attention(q, k, v, pos, p["n_keys"], d**-0.5, p["window"], keep)
+    holes = None if keep is None else KeyBitmap.of(keep)
+    got = reference.sparse_attention(q, k, v, pos, p["n_keys"], d**-0.5, p["window"], holes)
     if keep is not None:
         k, v = clean_k, clean_v
     want = dense(q, k[:, : p["n_keys"]], v[:, : p["n_keys"]], seen, d**-0.5)
@@ -159,6 +161,27 @@ def test_restore_scatters(seed: int, n: int, bits: int, partial: bool, by_freque
     rest = torch.ones(slots, dtype=torch.bool).index_fill_(0, pos, False)
     assert (k_out[:, rest] == 7.0).all()
     assert (v_out[:, rest] == 7.0).all()
+
+
+@FEW
+@given(seeds, st.lists(st.sampled_from([500.0, 1e4, 1e6]), min_size=2, max_size=4, unique=True))
+def test_restore_turns_each_layer_by_its_own_base(seed: int, bases: list[float]) -> None:
+    """The keys of one chunk, layer by layer, against complex numbers of float64."""
+    n, d = 20, 32
+    k, v = draw(seed, n, 2, d), draw(seed + 1, n, 2, d)
+    pos = torch.randperm(200, generator=torch.Generator().manual_seed(seed))[:n]
+    pairs = torch.complex(k[..., : d // 2].double(), k[..., d // 2 :].double())
+    found = []
+    for base in bases:
+        k_out, v_out = torch.zeros(2, 200, d), torch.zeros(2, 200, d)
+        inv_freq = 1.0 / base ** (torch.arange(0, d, 2) / d)
+        reference.restore(k, v, pos, k_out, v_out, inv_freq=inv_freq)
+        angle = pos[:, None].double() * base ** -(torch.arange(d // 2).double() * 2 / d)
+        turned = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
+        want = torch.cat([turned.real, turned.imag], -1)
+        found.append(k_out[:, pos].transpose(0, 1))
+        torch.testing.assert_close(found[-1].double(), want, atol=2e-4, rtol=2e-4)
+    assert (found[0] - found[1]).abs().max() > 0.1
 
 
 def test_restore_of_many_odd_rows_and_strided_buffers() -> None:

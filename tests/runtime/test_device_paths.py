@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 import torch
 from cachetune.core.invariants import check
 from cachetune.core.plan import ReusePlan
+from cachetune.core.trace import to_chrome
 from cachetune.core.workload import Workload
 from cachetune.runtime.attention import Rows
 from cachetune.runtime.cuda_graphs import BUCKETS
 from cachetune.runtime.device import Device, DeviceError, joined, open_device
 from cachetune.runtime.kv_slab import SCRATCH_SLOTS, SlabPool
 from cachetune.runtime.runner import Runner, RunResult
-from fake_cuda import FakeCuda, FakeStream, there
+from cachetune.runtime.transformer import Transformer
+from fake_cuda import FakeCuda, FakeStream, OnDevice, there
 
 from .model_cases import TIERS, make_twins, plan_with, prompt_workload, tokens
 
@@ -114,18 +117,55 @@ def test_a_dependency_that_is_not_followed_is_seen(
         executed(gpu, workload, plan)
 
 
+def unannounced(result: RunResult) -> Counter[str]:
+    """Host waits in the Chrome trace beyond the one that tells of each op's end, by name."""
+    events = [e for e in to_chrome(result.timeline)["traceEvents"] if e.get("cat") == "sync"]
+    ends = Counter(f"sync: end of {span.op.kind}" for span in result.timeline.spans)
+    return Counter(event["name"] for event in events) - ends
+
+
 @pytest.mark.parametrize("plan", [plan_with("cachetune", 0.3), plan_with("cacheblend", 0.3)])
 def test_the_host_waits_for_nothing_on_the_path(gpu: Runner, plan: ReusePlan) -> None:
-    """A second run adds only what its executor does before anything is submitted."""
+    """In the trace: one wait per op, by a thread that does nothing else; one per decode step."""
     workload = prompt_workload(PROMPTS, N_OUTPUT)
     device = gpu.device
-    served(gpu, workload, plan)
+    assert set(unannounced(served(gpu, workload, plan))) <= {"sync: rope table"}
     before = dict(device.host_waits)
-    once = {"rope table", "ingest", "warm-up of a graph", "capture"}
-    assert set(before) == {"clock", "executor", *once}
-    served(gpu, workload, plan)
+    once = {"clock", "executor", "rope table", "ingest", "warm-up of a graph", "capture"}
+    assert once == {why for why in before if not why.startswith("end of")}
+    result = served(gpu, workload, plan)
+    assert not unannounced(result)
+    waits = result.timeline.waits
+    assert Counter(w.stream for w in waits) == Counter(s.op.stream for s in result.timeline.spans)
+    assert all(result.timeline.start_ns <= w.start_ns <= w.end_ns for w in waits)
+    n_steps = len({s.op.op_id for s in result.timeline.spans if s.op.kind == "decode"})
+    assert sum(w.why == "end of decode" for w in waits) == n_steps > 0
     after = dict(device.host_waits)
-    assert {k for k, v in after.items() if v != before[k]} == {"clock", "executor"}
+    changed = {k for k, v in after.items() if v != before[k]}
+    assert {k for k in changed if not k.startswith("end of")} == {"clock", "executor"}
+    assert device.on_wait is None
+
+
+def test_a_value_that_is_read_on_the_path_shows_in_the_trace(
+    gpu: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the count above can catch: one `.item()` in the head of every request."""
+    workload, plan = prompt_workload(PROMPTS, N_OUTPUT), plan_with("cachetune", 0.3)
+    served(gpu, workload, plan)
+    right, device = Transformer.logits, gpu.device
+
+    def reading(self: Transformer, hidden: torch.Tensor) -> torch.Tensor:
+        hidden[0, 0, 0].item()
+        return right(self, hidden)
+
+    def read(name: str) -> None:
+        with device.waiting(name):
+            pass
+
+    monkeypatch.setattr(Transformer, "logits", reading)
+    monkeypatch.setattr(OnDevice, "on_read", read)
+    result = served(gpu, workload, plan)
+    assert unannounced(result) == {"sync: item": len(PROMPTS)}
 
 
 def test_what_the_simulated_gpu_refuses() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 from cachetune.core.plan import ReusePlan
+from cachetune.runtime.executor import CpuExecutor
 from cachetune.runtime.runner import Runner
 
 from . import model_cases as cases
@@ -76,6 +81,27 @@ def test_ctrl_c_leaves_a_store_that_opens_clean(tmp_path: Path) -> None:
         result = runner.serve(workload, plan, runner.index(plan))
         assert result.n_reused_tokens[0] == 64 + 2 * (64 - 19)
         assert (result.n_fallbacks, result.n_read_failures) == (0, 0)
+
+
+def test_an_interrupt_within_the_start_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Thread.start` is left before the thread is up; closing waits for it all the same."""
+    begin = threading.Thread.start
+    n_workers = 0
+
+    def interrupted(thread: threading.Thread) -> None:
+        nonlocal n_workers
+        n_workers += 1
+        _thread.start_new_thread(lambda: (time.sleep(0.05), begin(thread)), ())
+        raise KeyboardInterrupt
+
+    def source(request_id: int, attempt: int) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), CpuExecutor([None], source) as executor:  # type: ignore[list-item]
+        executor.warm(["a stream"])
+    assert n_workers == 1
+    assert "a stream" not in [thread.name for thread in threading.enumerate()]
 
 
 def _all_chunks_verify(runner: Runner, plan: ReusePlan) -> None:

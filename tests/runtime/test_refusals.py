@@ -118,8 +118,8 @@ def test_the_rope_gate_catches_a_wrong_rotation(
 ) -> None:
     right = Transformer.rope_table
 
-    def wrong(self: Transformer, n: int) -> Any:
-        return MUTATIONS[mutation](*right(self, n))
+    def wrong(self: Transformer, n: int, layer: int = 0) -> Any:
+        return MUTATIONS[mutation](*right(self, n, layer))
 
     monkeypatch.setattr(Transformer, "rope_table", wrong)
     with pytest.raises(ModelError, match="rotated at a new place"):

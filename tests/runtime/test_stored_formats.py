@@ -124,6 +124,10 @@ def logits_of(
         check(result.timeline, schedule=schedule)
         loads = sum(op.n_bytes for op in schedule.ops if op.kind == "load")
         assert runner.store.counters.bytes_read - before == loads
+        if isinstance(device, FakeCuda):  # a launch per layer, however many chunks an op has
+            restores = [op for op in schedule.ops if op.kind == "restore"]
+            assert any(len(op.chunks) > 1 for op in restores)
+            assert device.n_kernels["restore"] == sum(op.n_layers for op in restores)
     return result.suffix_logits
 
 

@@ -13,14 +13,13 @@ from cachetune.core.generators import rag_workload
 from cachetune.core.hardware import HardwareProfile
 from cachetune.core.metrics import RequestMetrics, per_request
 from cachetune.core.plan import RatioRule, ReusePlan
-from cachetune.core.request_table import RequestTable
 from cachetune.core.workload import Workload
 from cachetune.simulator.executor import SimExecutor
 from cachetune.simulator.profile_step_cost import ProfileStepCost
 from cachetune.simulator.serving import serve_trace
 from cachetune.simulator.serving_fleet import ServingLimits
 from cachetune.simulator.serving_result import ServingResult
-from serving_support import make_fleet, make_table, make_tier
+from serving_support import make_fleet, make_tier, table_of
 from support import COEFFICIENTS_S, make_index, make_model, make_profile
 from support import make_tier as make_profile_tier
 
@@ -40,21 +39,6 @@ def make_machine(load_s_per_byte: float = 2e-8) -> HardwareProfile:
         "disk": make_profile_tier(0.2 / load_s_per_byte, latency_s=1e-4),
     }
     return make_profile(model=make_model(n_layers=8), tiers=tiers, coefficients_s=coefficients)
-
-
-def table_of(workload: Workload) -> RequestTable:
-    names = {name: i for i, name in enumerate(sorted(workload.contents))}
-    requests = sorted(workload.requests, key=lambda r: (r.arrival_ns, r.request_id))
-    assert [r.request_id for r in requests] == list(range(len(requests)))
-    table = make_table(
-        [workload.prompt_tokens(r) for r in requests],
-        [r.output_tokens for r in requests],
-        [r.arrival_ns / 1e9 for r in requests],
-        [[names[c] for c in r.chunks] for r in requests],
-    )
-    lengths = [workload.contents[name].n_tokens for name in names]
-    fields = {**vars(table), "chunk_tokens": np.array(lengths, np.int32)}
-    return RequestTable(**fields)
 
 
 def by_layers(

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from cachetune.simulator.serving import serve_trace
-from cachetune.simulator.serving_eviction import Lru, order_of
+from cachetune.simulator.serving_eviction import NEVER, Lru, order_of
 from cachetune.simulator.serving_jobs import JobFeed
 from serving_support import LinearCost, make_fleet, make_table, make_tier, random_table
 
@@ -157,7 +157,7 @@ def test_ranked_orders_evict_as_the_store_does(name: str) -> None:
     draw = random.Random(1)
     value = {key: draw.choice([1.0, 2.0, 4.0]) for key in range(50)}
     peer = Evictor(name)  # type: ignore[arg-type]
-    order = order_of(name, value.__getitem__, lambda key: 0)
+    order = order_of(name, lambda keys: [value[k] for k in keys], lambda key: 0)
     kept: set[int] = set()
     for _ in range(3000):
         key = draw.randrange(50)
@@ -174,6 +174,54 @@ def test_ranked_orders_evict_as_the_store_does(name: str) -> None:
             peer.remove(victim, evicted=True)
             kept.remove(int(victim))
             assert order.pop(1, [1] * 50) == ([int(victim)], 1)
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "cost", "belady"])
+def test_orders_take_many_chunks_as_if_one_by_one(name: str) -> None:
+    """Against a list that is sorted for every victim."""
+    for seed in range(60):
+        draw = random.Random(seed)
+        n = draw.choice([5, 40, 200])
+        value = [draw.choice([1.0, 2.0, draw.random()]) for _ in range(n)]
+        future = [draw.choice([draw.randrange(50), NEVER]) for _ in range(n)]
+        sizes = [draw.choice([1, 1, 3, 7]) for _ in range(n)]
+        order = order_of(name, lambda keys, v=value: [v[k] for k in keys], future.__getitem__)
+        peer: dict[int, tuple[float, int, int]] = {}  # rank, time, uses
+        tick, floor = 0, 0.0
+        for _ in range(draw.choice([30, 300])):
+            held = list(peer)
+            if draw.random() < 0.7 or not held:
+                fresh = draw.random() < 0.5 or not held
+                free = [k for k in range(n) if k not in peer]
+                keys = draw.sample(free, min(len(free), 9)) if fresh else draw.choices(held, k=6)
+                (order.add if fresh else order.touch)(keys)
+                for key in keys:
+                    uses = peer[key][2] + 1 if key in peer else 1
+                    rank = {"lru": 0.0, "lfu": float(uses), "belady": -float(future[key])}
+                    peer[key] = rank.get(name, floor + uses * value[key]), tick, uses
+                    tick += 1
+            elif draw.random() < 0.2:
+                gone = draw.choice(held)
+                order.remove(gone)
+                del peer[gone]
+            else:
+                excess = draw.randint(1, sum(sizes[k] for k in held))
+                expected: list[int] = []
+                while sum(sizes[k] for k in expected) < excess:
+                    victim = min(peer, key=peer.__getitem__)
+                    floor = max(floor, peer.pop(victim)[0])
+                    expected.append(victim)
+                assert order.pop(excess, sizes) == (expected, sum(sizes[k] for k in expected))
+            assert order.coldest_first() == sorted(peer, key=peer.__getitem__), f"seed {seed}"
+
+
+def test_a_passage_that_occurs_twice_in_a_prompt_is_written_once() -> None:
+    table = make_table([70, 70], [1, 1], [0.0, 1000.0], [[0, 1, 0, 0], [0, 1, 0, 0]])
+    for tier in (make_tier(), make_tier(shared=True)):
+        fleet = make_fleet(policy="full_reuse", tiers=[tier])
+        result = serve_trace(table, fleet, COST)
+        assert result.written_bytes.tolist() == [2 * 16 * 1000]
+        assert result.loaded_tokens[1].tolist() == [64], "each place has its KV"
 
 
 def test_belady_bounds_the_others() -> None:

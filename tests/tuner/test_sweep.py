@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cachetune.core.errors import CacheTuneError
-from cachetune.tuner.sweep import Interrupted, sweep
+from cachetune.tuner.sweep import Interrupted, processes, sweep
 from sweep_work import draws
 
 TASKS = [{"seed": i % 5, "n": 100 + i} for i in range(12)]
@@ -27,6 +27,13 @@ def test_results_do_not_depend_on_the_number_of_workers():
     alone = sweep(draws, TASKS)
     assert [r["n"] for r in alone] == [t["n"] for t in TASKS]
     assert sweep(draws, TASKS, workers=2) == alone
+
+
+def test_processes_stay_for_several_sweeps():
+    alone = sweep(draws, TASKS)
+    with processes(2) as run:
+        assert sweep(draws, TASKS[:7], workers=2, backend=run) == alone[:7]
+        assert sweep(draws, TASKS[7:], workers=2, backend=run) == alone[7:]
 
 
 def test_a_sweep_resumes_where_it_was_interrupted(tmp_path: Path):

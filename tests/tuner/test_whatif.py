@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,15 @@ from cachetune.core.errors import CacheTuneError, ProfileError, WorkloadError
 from cachetune.core.machine_spec import compose
 from cachetune.core.model_presets import model_preset
 from cachetune.core.model_spec import ModelSpec
+from cachetune.core.rng import rng
 from cachetune.core.units import GIB
 from cachetune.core.workload import Slo
 from cachetune.simulator.gpu_sheet import gpu_sheet
 from cachetune.tuner.candidate import HOST_BYTES, Candidate, data_sheet_of, kernels_of, sheet_of
-from cachetune.tuner.evaluate import RunLength, evaluate
+from cachetune.tuner.capacity import find_capacity
+from cachetune.tuner.evaluate import BEHIND_MAX, RunLength, evaluate, falls_behind
 from cachetune.tuner.fleet_size import fewest, fleet_row
-from cachetune.tuner.kernel_bounds import bounded_cost
-from cachetune.tuner.question import Question
+from cachetune.tuner.question import Question, runner
 from cachetune.tuner.sensitivity import KNOBS, changes, default_changes
 from cachetune.tuner.trace_study import Space, StudyQuestion, front, trace_study
 from cachetune.tuner.traffic import Traffic, rate_of, traffic_of
@@ -88,8 +90,16 @@ def test_a_trace_is_cut_into_windows_and_known_by_its_bytes(tmp_path: Path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     traffic = traffic_of(str(path))
     assert traffic.rate_rps == pytest.approx(10.0, rel=1e-3) and len(traffic.digest) == 64
-    starts = {int(traffic.table(50, 2.0, seed).prompt_tokens[0]) for seed in range(4)}
-    assert len(starts) == 4 and traffic.before(50, 0) is None
+    starts = sorted(int(traffic.table(50, 2.0, seed).prompt_tokens[0]) for seed in range(5))
+    gaps = np.diff([*starts, starts[0] + 9000])
+    assert starts[0] == 600 and gaps.min() > 1200  # five windows, far apart
+    late = traffic.table(9000, 2.0, 1)
+    assert sorted(late.prompt_tokens.tolist()) == list(range(600, 9600))  # goes on at the beginning
+    assert (np.diff(late.arrival_ns) > 0).all()
+    before = traffic.before(50, 1)
+    assert before is not None and traffic.before(50, 0) is None
+    assert before.prompt_tokens[-1] + 1 == late.prompt_tokens[0]
+    assert set(before.chunk_ids.tolist()) < set(late.chunk_ids.tolist())  # the same names
     assert rate_of(traffic.table(50, 2.0, 0)) == pytest.approx(2.0, rel=0.05)
     path.write_text(path.read_text().replace('"output_length": 5', '"output_length": 0', 1))
     with pytest.raises(WorkloadError, match="line 1"):
@@ -110,6 +120,108 @@ def test_warm_tiers_hold_what_was_used_last(candidate: Candidate, model: ModelSp
     assert dram[0][-1] in before.chunk_ids[-16:]
     assert len(found["25g-rdma"][0]) == len(np.unique(before.chunk_ids))
     assert latest_first(np.array([3, 1, 3, 2, 1])).tolist() == [1, 2, 3]
+
+
+def test_warm_tiers_of_tenants_are_their_own(candidate: Candidate, model: ModelSpec):
+    before = RAG.before(200, seed=1)
+    assert before is not None
+    tenants = (np.arange(len(before)) % 2).astype(np.int16)
+    both = replace(before, tenants=("a", "b"), tenant=tenants)
+    found = warm_snapshot(both, candidate.fleet(model, SLO))
+    rows = before.rows_of_chunks()
+    names = set((before.chunk_ids * 2 + tenants[rows]).tolist())
+    assert set(found["25g-rdma"][0].tolist()) == names
+    assert evaluate(candidate, model, SLO, RAG, SHORT, 4.0, 0).good_share > 0
+
+
+def test_a_queue_that_grows_is_told_from_a_burst():
+    """One server, ten per second: at 12 it falls behind by a fifth, at 9 it does not."""
+
+    def served(arrival_s: np.ndarray) -> float:
+        begin = np.arange(len(arrival_s)) * 0.1
+        ttft_s = np.maximum.accumulate(arrival_s - begin) + begin - arrival_s + 0.1
+        return falls_behind((arrival_s * 1e9).astype(np.int64), 1e3 * ttft_s)
+
+    gaps = rng(0, "gaps").exponential(size=4000)
+    assert served(np.cumsum(gaps / 12)) == pytest.approx(0.2, abs=0.06)
+    assert abs(served(np.cumsum(gaps / 9))) < BEHIND_MAX / 2
+    burst = gaps / 8
+    burst[3600:] /= 4  # the last tenth comes four times as fast
+    assert served(np.cumsum(burst)) < BEHIND_MAX
+    assert served(np.cumsum(gaps / 11)[:1]) == 0.0
+
+
+@pytest.fixture(scope="module")
+def bursty(tmp_path_factory: pytest.TempPathFactory) -> Traffic:
+    """Long prompts that come in bursts of an hour's trace; a third begins like one before."""
+    stream, at_ms, lines = rng(0, "bursty"), 0.0, []
+    for i in range(600):
+        quiet = 4.0 if (i // 60) % 3 else 0.6
+        at_ms += stream.exponential() * 1000 * quiet
+        tokens = int(min(60_000, 1000 + stream.lognormal(8.8, 1.0)))
+        first = int(stream.integers(0, 40)) if stream.random() < 0.33 else 10_000 * (i + 1)
+        blocks = [first * 200 + k for k in range(tokens // 512)]
+        output = int(stream.integers(2, 600))
+        lines.append({"timestamp": int(at_ms), "input_length": tokens, "output_length": output})
+        lines[-1]["hash_ids"] = blocks
+    path = tmp_path_factory.mktemp("traces") / "bursty.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return traffic_of(str(path))
+
+
+def test_a_bursty_trace_s_capacity_is_where_its_queue_grows(
+    bursty: Traffic, catalogue: Catalogue, model: ModelSpec
+):
+    """More replicas, a faster GPU, a better policy: never less."""
+    slo = Slo(ttft_ms=20_000, tpot_ms=1000)
+    question = Question(
+        model=model, slo=slo, attainment=0.95, traffic=bursty, seeds=(0,), tolerance=0.05,
+        kernel_band=False, length=RunLength(horizon_s=60, min_requests=200, max_requests=800),
+    )  # fmt: skip
+    assert question.runs.horizon_s == pytest.approx(2000) and question.runs.min_requests == 600
+
+    def carried(gpu: str, policy: str, n_replicas: int = 1) -> float:
+        candidate = Candidate(machine=compose(catalogue, gpu), policy=policy)
+        run = runner(question, candidate, n_replicas=n_replicas)
+        found = find_capacity(run, question.attainment, question.seeds, tolerance=0.05).rate
+        assert found is not None
+        return found.value
+
+    plain, reused = carried("H100-SXM", "full_recompute"), carried("H100-SXM", "prefix_cache")
+    assert plain < reused and carried("L40S", "full_recompute") < plain
+    assert carried("H100-SXM", "full_recompute", 4) > 4 * plain  # they share the bursts
+    candidate = Candidate(machine=compose(catalogue, "H100-SXM"), policy="full_recompute")
+    run = runner(question, candidate)
+    below, above, far = (run(plain * k, 0) for k in (0.9, 1.1, 4.0))
+    assert below.good_share >= 0.95 > above.good_share and below.stable and not far.stable
+
+
+def test_a_model_too_large_for_a_gpu_fits_in_two_stages(catalogue: Catalogue):
+    large = model_preset("Llama-3.1-70B")
+    question = Question(
+        model=large, slo=Slo(ttft_ms=4000, tpot_ms=200), traffic=RAG, attainment=0.9, seeds=(0,),
+        length=SHORT, tolerance=0.2, kernel_band=False,
+    )  # fmt: skip
+    one = Candidate(machine=compose(catalogue, "H200-SXM"), policy="full_recompute")
+    row = plan(task_of(question, one))
+    assert "2 stages of 1 x H200-SXM" in row["why_not"] and "2 x H200-SXM" in row["why_not"]
+    two = Candidate(machine=compose(catalogue, "H200-SXM", n_gpus=2), stages=2, policy=one.policy)
+    row = plan(task_of(question, two))
+    assert row["why_not"] == "" and row["name"].startswith("2xH200-SXM pp2")
+    assert row["usd_per_h"] == 2 * one.machine.usd_per_h and row["capacity_rps"] > 0
+    weights = {item["what"]: item["n_bytes"] for item in row["memory"]}["weights"]
+    assert -weights == large.n_params  # bytes: two for each weight, half of them in a stage
+    four = two.replace(machine=compose(catalogue, "H200-SXM", n_gpus=4))
+    assert four.gpus_per_stage == 2 and four.name.startswith("4xH200-SXM pp2")
+    assert four.memory(large).kv_tokens > two.memory(large).kv_tokens
+    alone = two.replace(stages=1)  # tensor parallel: as much memory, another cost
+    assert alone.memory(large).kv_tokens == pytest.approx(two.memory(large).kv_tokens, rel=0.05)
+    assert alone.cost(large).step_s([], 1, 1000) < two.cost(large).step_s([], 1, 1000)
+    with pytest.raises(ValueError, match="stages"):
+        two.replace(stages=3)
+    small = large.replace(n_layers=1)
+    with pytest.raises(CacheTuneError, match="has 1 layers"):
+        two.check_fits(small, catalogue, 1)
 
 
 def test_a_tier_beyond_break_even_is_computed(catalogue: Catalogue, model: ModelSpec):
@@ -154,14 +266,14 @@ def test_the_ends_of_the_kernels_hold_their_middle(candidate: Candidate, model: 
     low, mid, high = (
         c.step_s([(2048, 4096)], 16, 16 * 2000)
         for c in (
-            bounded_cost(candidate, model, "low_s"),
+            candidate.cost(model, "low_s"),
             candidate.cost(model),
-            bounded_cost(candidate, model, "high_s"),
+            candidate.cost(model, "high_s"),
         )
     )
     assert 0.5 * mid < low < mid < high < 2 * mid
     borrowed = candidate.replace(machine=compose(load_catalogue(), "MI300X"))
-    ends = (bounded_cost(borrowed, model, e).step_s([(2048, 4096)], 16, 32000) for e in ENDS)
+    ends = (borrowed.cost(model, e).step_s([(2048, 4096)], 16, 32000) for e in ENDS)
     one, other = ends
     assert other / one > 1.5 * high / low  # nobody measured it: the interval says so
 
@@ -170,7 +282,7 @@ def test_every_knob_changes_what_it_says(catalogue: Catalogue, model: ModelSpec)
     question = Question(model=model, slo=SLO, traffic=RAG)
     base = Candidate(machine=compose(catalogue, "H100-SXM"))
     text = (
-        "gpu=L40S,n_gpus=2,link=pcie4-x16,dram=ddr4-3200,dram_gib=64,disk=none,network=25g-rdma,"
+        "gpu=L40S,n_gpus=2,stages=2,link=pcie4-x16,dram=ddr4-3200,dram_gib=64,disk=none,network=25g-rdma,"
         "policy=epic,stored=int4,weights=fp8,ratio=0.3,shared=0.5,eviction=lfu"
     )
     asked = changes(text)
