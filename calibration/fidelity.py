@@ -34,8 +34,8 @@ TTFT_MEDIAN_BOUND = 0.05
 TTFT_P95_BOUND = 0.12
 OP_MEDIAN_BOUND = 0.08
 
-ANCHOR_EVERY, ANCHOR_ROUNDS = 2, 5
-"""Every second probe again, in so many rounds: half a minute."""
+ANCHOR_EVERY, ANCHOR_ROUNDS = 2, 9
+"""Every second probe again, in so many rounds: a minute."""
 
 
 @dataclass

@@ -30,7 +30,7 @@ from .traffic import Traffic
 if TYPE_CHECKING:
     import optuna
 
-GROUP = 20
+GROUP = 50
 """Trials that are asked for before any of them is told: a generation of NSGA-II."""
 
 
