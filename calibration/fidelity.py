@@ -3,9 +3,9 @@
 Both run the same ops (`core.engine.batch_schedule_of`), joined by op id. The A/A error, one half
 of the repeats against the other, is what no model can beat on this machine.
 
-A shared machine is faster in one minute than in another, so a check goes in blocks, and each begins
-with some of the probes again: the profile is aligned to them (`align.py`), and predictions are of
-the machine as it is now. What the profile would have said without that is reported beside it.
+A shared machine is faster in one minute than in another, so a check begins with some of the
+probes again: the profile is aligned to them (`align.py`), and predictions are of the machine as it
+is now. What the profile would have said without that is predicted and reported beside it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ OP_MEDIAN_BOUND = 0.08
 
 ANCHOR_EVERY, ANCHOR_ROUNDS = 2, 5
 """Every second probe again, in so many rounds: half a minute."""
-BLOCK = 10
-"""Schedules that are predicted and measured before the machine's speed is asked for again."""
 
 
 @dataclass
@@ -135,12 +133,11 @@ def check(
     tiers: Sequence[str] | None = None,
     on_predicted: Callable[[list[dict[str, Any]]], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[list[Point], list[dict[OpKind, float]]]:
-    """Draw; then by blocks: anchor, predict, hand all predictions so far to `on_predicted`, measure
-    interleaved.
+) -> tuple[list[Point], dict[OpKind, float]]:
+    """Draw, anchor, predict, hand the predictions to `on_predicted`, then measure interleaved.
 
     Returns:
-        The points, and for each block what ops take now over what they took at the calibration.
+        The points, and the machine's speed at the check over its speed when it was calibrated.
     """
     library = Library(profile.model, seed)
     rhos = {name: profile.tier(name).rho for name in tiers or profile.tiers}
@@ -149,20 +146,12 @@ def check(
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
         open_runner(profile, loaded, folder) as runner,
     ):
-        points: list[Point] = []
-        written: list[dict[str, Any]] = []
-        drifts = []
-        for start in range(0, len(probes), BLOCK):
-            block = probes[start : start + BLOCK]
-            now, drift = anchor(profile, runner, max_tokens, progress)
-            found = predict(profile, now, runner, block)
-            written += [asdict(p) for p in found]
-            if on_predicted is not None:
-                on_predicted(written)
-            measure(runner, block, found, n_repeats, progress)
-            points += found
-            drifts.append(drift)
-    return points, drifts
+        now, drift = anchor(profile, runner, max_tokens, progress)
+        points = predict(profile, now, runner, probes)
+        if on_predicted is not None:
+            on_predicted([asdict(p) for p in points])
+        measure(runner, probes, points, n_repeats, progress)
+    return points, drift
 
 
 def measure(
@@ -185,11 +174,9 @@ def measure(
                 progress("held-out", turn * len(probes) + i + 1, len(probes) * (n_repeats + 1))
 
 
-def summarise(points: Sequence[Point], drifts: Sequence[Mapping[OpKind, float]]) -> dict[str, Any]:
+def summarise(points: Sequence[Point], drift: Mapping[OpKind, float]) -> dict[str, Any]:
     """Errors as fractions: TTFT overall and by kind of tier, by op kind signed and absolute."""
-    drift = {kind: median(d[kind] for d in drifts if kind in d) for d in drifts for kind in d}
-    out: dict[str, Any] = {"n_points": len(points), "drift": drift}
-    out["drift_by_block"] = [dict(d) for d in drifts]
+    out: dict[str, Any] = {"n_points": len(points), "drift": dict(drift)}
     for label, group in (
         ("", list(points)),
         ("_limited", [p for p in points if p.limited]),

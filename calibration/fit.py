@@ -100,8 +100,7 @@ def fit_rows(
 ) -> Fit:
     """Fit `rows` of features, and what the samples carry beside them, to their seconds.
 
-    `summed`: what is fitted, robustly, are sums over the ops of each probe, those that had to wake
-    their stream apart from the others; the report is of the samples all the same.
+    `summed`: sums over each probe are fitted, robustly; the report is of the samples all the same.
     """
     for extra in sorted({extra for s in samples for extra in s.extras}):
         names.append(extra)
@@ -110,9 +109,8 @@ def fit_rows(
     x = np.array([[row[name] for name in names] for row in rows])
     y = np.array([s.seconds for s in samples])
     if summed:
-        belongs = [(s.probe, s.extras.get(wake_coefficient(s.op.kind), 0.0) > 0.5) for s in samples]
-        sums = list(dict.fromkeys(belongs))
-        of = np.array([[float(one == of_sum) for one in belongs] for of_sum in sums])
+        probes = list(dict.fromkeys(s.probe for s in samples))
+        of = np.array([[float(s.probe == probe) for s in samples] for probe in probes])
         coefficients = intervals(of @ x, of @ y, names, seed, robust=True)
     else:
         coefficients = intervals(x, y, names, seed)

@@ -131,7 +131,7 @@ def run_check(
 
     predicted = folder / "predicted.json"
     with progress_bar() as tell:
-        points, drifts = fidelity.check(
+        points, drift = fidelity.check(
             machine,
             loaded,
             seed=seed,
@@ -141,7 +141,7 @@ def run_check(
             on_predicted=lambda found: save("predicted.json", found),
             progress=tell,
         )
-    summary = fidelity.summarise(points, drifts)
+    summary = fidelity.summarise(points, drift)
     provenance = provenance_here(seed).model_dump(mode="json")
     raw = [asdict(p) for p in points]
     save("measured.json", {"provenance": provenance, "summary": summary, "points": raw})
