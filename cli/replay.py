@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..core.model_spec import ModelSpec
-    from ..core.step_cost import StepCost
     from ..simulator.serving_result import ServingResult
     from ..tuner.candidate import Candidate
 
@@ -43,11 +41,6 @@ _Out = Annotated[Path | None, typer.Option(help="One row per request, CSV.")]
 _Warm = Annotated[Path | None, typer.Option(help="What every replica's tiers hold at the start.")]
 _Kept = Annotated[Path | None, typer.Option(help="Of one replica: what its tiers hold at the end.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Kept in the result.")]
-
-HOP_S = 10e-6
-"""Of a message from a GPU to another of the same machine. Assumed: the order of a small NCCL
-transfer."""
-BYTES_PER_VALUE = 2
 
 
 def command(
@@ -93,9 +86,9 @@ def command(
     check_writable(out, trace if life is not None else None, snapshot_out)
     check_one_replica(snapshot_out, replicas)
     chosen = _only(candidates(
-        load_catalogue(None), gpus=gpu, n_gpus=str(n_gpus * stages), disks=disk, networks=network,
-        policies=policy, formats=format, weights="bfloat16", routers=router, evictions=eviction,
-        dram_gib=None, ratio=ratio, engine={}, overhead_ms=overhead_ms,
+        load_catalogue(None), gpus=gpu, n_gpus=str(n_gpus), stages=str(stages), disks=disk,
+        networks=network, policies=policy, formats=format, weights="bfloat16", routers=router,
+        evictions=eviction, dram_gib=None, ratio=ratio, engine={}, overhead_ms=overhead_ms,
     ))  # fmt: skip
     spec, asked = model_of(model), Slo(**level(slo)[0])
     table = read_trace(
@@ -104,7 +97,7 @@ def command(
     )  # fmt: skip
     _check_row(life, len(table))
     fleet = chosen.fleet(spec, asked, replicas)
-    cost = _in_stages(chosen, spec, stages)
+    cost = chosen.cost(spec)
     warm = None
     if snapshot is not None:
         table, warm = read_warm(snapshot, table, fleet)
@@ -130,20 +123,6 @@ def _only(found: Sequence[Candidate]) -> Candidate:
             remedy="name one of each, or compare them with `cachetune whatif`",
         )
     return found[0]
-
-
-def _in_stages(candidate: Candidate, model: ModelSpec, n_stages: int) -> StepCost:
-    """Cost of the candidate's GPUs as a pipeline of stages, tensor parallel in each."""
-    from ..simulator.pipeline_cost import PipelineCost
-
-    if n_stages == 1:
-        return candidate.cost(model)
-    machine = candidate.machine
-    stage = machine.replace(n_gpus=machine.n_gpus // n_stages)
-    cost = candidate.replace(machine=stage).cost(model)
-    hidden_bytes = BYTES_PER_VALUE * model.hidden_size
-    link_bytes_per_s = cost.cost.kernels.sheet.link_bytes_per_s
-    return PipelineCost(cost, n_stages, HOP_S, hidden_bytes / link_bytes_per_s)
 
 
 def _check_row(row: int | None, n_rows: int) -> None:
