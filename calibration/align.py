@@ -7,7 +7,7 @@ the probes alone, takes them out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from ..core.executor import execute
@@ -28,16 +28,20 @@ LEAST_PROBES = 5
 def align(profile: HardwareProfile, measured: Sequence[Measured]) -> HardwareProfile:
     """The profile with the coefficients of each kind scaled to the probes' medians."""
     for _ in range(N_ROUNDS):
-        factors = factors_of(profile, measured)
-        coefficients = dict(profile.coefficients)
-        for kind, factor in factors.items():
-            for name in (*FEATURES[kind], wake_coefficient(kind)):
-                if (found := coefficients.get(name)) is not None:
-                    coefficients[name] = found.replace(
-                        value=found.value * factor, low=found.low * factor, high=found.high * factor
-                    )
-        profile = profile.replace(coefficients=coefficients)
+        profile = scaled(profile, factors_of(profile, measured))
     return profile
+
+
+def scaled(profile: HardwareProfile, factors: Mapping[OpKind, float]) -> HardwareProfile:
+    """The profile with ops of each kind taking `factors[kind]` times as long."""
+    coefficients = dict(profile.coefficients)
+    for kind, factor in factors.items():
+        for name in (*FEATURES[kind], wake_coefficient(kind)):
+            if (found := coefficients.get(name)) is not None:
+                coefficients[name] = found.replace(
+                    value=found.value * factor, low=found.low * factor, high=found.high * factor
+                )
+    return profile.replace(coefficients=coefficients)
 
 
 def factors_of(profile: HardwareProfile, measured: Sequence[Measured]) -> dict[OpKind, float]:

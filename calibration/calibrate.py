@@ -144,7 +144,8 @@ def calibrate(
     device = device_here(threads, settings.device)
     media = fit_media([*loads, *measured], {c.name: c.medium for c in plain}, settings.seed)
     tiers = tiers_of(configs, media.coefficients, settings.rhos, unbuffered)
-    coefficients, fits = fit_all(measured, loaded.spec, tiers, settings.seed)
+    load_op_s = media.coefficients["load.op"].value
+    coefficients, fits = fit_all(measured, loaded.spec, tiers, settings.seed, load_op_s)
     coefficients |= media.coefficients
     if copy_from:  # a measured crossover, not a fit: its interval is itself
         coefficients["link.copy_from"] = Coefficient(
@@ -174,12 +175,16 @@ def recompute_s_per_token(runner: Runner, library: Library, settings: Settings) 
 
 
 def fit_all(
-    measured: Sequence[Measured], model: ModelSpec, tiers: Mapping[str, Tier], seed: int
+    measured: Sequence[Measured],
+    model: ModelSpec,
+    tiers: Mapping[str, Tier],
+    seed: int,
+    load_op_s: float = 0.0,
 ) -> tuple[dict[str, Coefficient], dict[str, FitReport]]:
     """Every kind but load. Interference is fitted where there is most of it."""
     samples: dict[OpKind, list[Sample]] = {}
     for one in measured:
-        for sample in samples_of(one, tiers):
+        for sample in samples_of(one, tiers, load_op_s):
             if sample.op.kind != "load" and (sample.op.n_tokens or sample.op.kind == "head"):
                 samples.setdefault(sample.op.kind, []).append(sample)
     coefficients: dict[str, Coefficient] = {}

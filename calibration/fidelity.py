@@ -3,16 +3,16 @@
 Both run the same ops (`core.engine.batch_schedule_of`), joined by op id. The A/A error, one half
 of the repeats against the other, is what no model can beat on this machine.
 
-A shared machine is faster in one minute than in another, so a check begins with some of the
-probes again: the profile is aligned to them (`align.py`), and predictions are of the machine as it
-is now. What the profile would have said without that is predicted and reported beside it.
+A shared machine's speed moves while a check lasts, so every repeat is predicted by itself, just
+before it runs: the profile at the speed of the probes that ran before it (`speed.py`). What the
+profile says without that is written before anything runs, and reported beside it.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,13 @@ from ..core.executor import execute
 from ..core.hardware import HardwareProfile
 from ..core.ops import OpKind, Schedule
 from ..core.timeline import Timeline
+from ..core.units import ceil_div
 from ..simulator.executor import SimExecutor
-from .align import align, factors_of, ms_by_kind
+from .align import ms_by_kind
 from .calibrate import PROBED_RHO, open_runner
-from .collect import Measured, collect, run_once, ttft_ms
+from .collect import run_once, ttft_ms
 from .probes import Library, Probe, held_out, ladder
+from .speed import Speed
 
 if TYPE_CHECKING:
     from ..runtime.loaded_model import LoadedModel
@@ -34,92 +36,48 @@ TTFT_MEDIAN_BOUND = 0.05
 TTFT_P95_BOUND = 0.12
 OP_MEDIAN_BOUND = 0.08
 
-ANCHOR_EVERY, ANCHOR_ROUNDS = 2, 5
-"""Every second probe again, in so many rounds: half a minute."""
+SPEED_EVERY = 2
+"""Every second probe of calibration tells the speed."""
 
 
 @dataclass
 class Point:
-    """One held-out schedule: predicted before it was measured."""
+    """One held-out schedule: each repeat was predicted before it was measured."""
 
     name: str
     tier: str
     limited: bool
     policy: str
     n_prompt: int
-    ttft_ms_predicted: float
-    ttft_ms_measured: list[float]
-    op_ms_predicted: dict[str, float]
-    op_ms_measured: dict[str, list[float]]
-    ttft_ms_as_calibrated: float = 0.0
-    op_ms_as_calibrated: dict[str, float] = field(default_factory=dict)
+    ttft_ms_as_calibrated: float
+    op_ms_as_calibrated: dict[str, float]
+    ttft_ms_predicted: list[float] = field(default_factory=list)
+    ttft_ms_measured: list[float] = field(default_factory=list)
+    op_ms_predicted: dict[str, list[float]] = field(default_factory=dict)
+    op_ms_measured: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def ttft_error(self) -> float:
-        """Signed relative error of the predicted TTFT against the median measured."""
-        measured = median(self.ttft_ms_measured)
-        return (self.ttft_ms_predicted - measured) / measured
+        """Signed relative error of the predicted TTFT, median over the repeats."""
+        return _error(self.ttft_ms_predicted, self.ttft_ms_measured)
 
     @property
     def a_a_error(self) -> float:
         """Median of even repeats against median of odd ones."""
-        even, odd = self.ttft_ms_measured[::2], self.ttft_ms_measured[1::2]
-        return (median(even) - median(odd)) / median(odd)
+        return _halves(self.ttft_ms_measured)
+
+    def op_error(self, kind: str) -> float:
+        """Signed relative error of the time of all ops of a kind, median over the repeats."""
+        return _error(self.op_ms_predicted[kind], self.op_ms_measured[kind])
+
+
+Prediction = dict[str, Any]
+"""What is written before a run: schedule, repeat (none: as calibrated), TTFT and ms by op kind."""
 
 
 def simulate_schedule(profile: HardwareProfile, schedule: Schedule) -> Timeline:
     """One fixed DAG on the simulated executor, without noise."""
     return execute(schedule, SimExecutor(profile))
-
-
-def anchor(
-    profile: HardwareProfile,
-    runner: Runner,
-    max_tokens: int,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[HardwareProfile, dict[OpKind, float]]:
-    """The profile at the machine's present speed, and by kind what ops take now over then."""
-    tiers = [n for n, t in profile.tiers.items() if t.rho is None or t.rho < PROBED_RHO]
-    probes = ladder(Library(profile.model, profile.provenance.seed), tiers, max_tokens)[
-        ::ANCHOR_EVERY
-    ]
-    tell = progress or (lambda what, done, total: None)
-    measured = collect(runner, probes, ANCHOR_ROUNDS, lambda i, n: tell("speed now", i, n))
-    return align(profile, measured), factors_of(profile, measured)
-
-
-def predict(
-    profile: HardwareProfile, now: HardwareProfile, runner: Runner, probes: Sequence[Probe]
-) -> list[Point]:
-    """Predictions only; nothing of these schedules has run.
-
-    Args:
-        profile: as it was calibrated.
-        now: aligned to the machine's present speed; the predictions that count are by it.
-    """
-    points = []
-    for probe in probes:
-        runner.prepare(probe.workload, probe.plan, probe.tier)
-        index = runner.index(probe.plan, probe.tier)
-        _, schedule = runner.batch_schedule(probe.workload, probe.plan, index, probe.n_decode)
-        timeline = simulate_schedule(now, schedule)
-        as_calibrated = simulate_schedule(profile, schedule)
-        points.append(
-            Point(
-                name=probe.name,
-                tier=probe.tier,
-                limited=profile.tier(probe.tier).limited,
-                policy=probe.plan.policy,
-                n_prompt=probe.n_prompt,
-                ttft_ms_predicted=ttft_ms(timeline),
-                ttft_ms_measured=[],
-                op_ms_predicted=ms_by_kind(timeline),
-                op_ms_measured={},
-                ttft_ms_as_calibrated=ttft_ms(as_calibrated),
-                op_ms_as_calibrated=ms_by_kind(as_calibrated),
-            )
-        )
-    return points
 
 
 def check(
@@ -131,47 +89,94 @@ def check(
     n_repeats: int = 5,
     max_tokens: int = 1024,
     tiers: Sequence[str] | None = None,
-    on_predicted: Callable[[list[dict[str, Any]]], None] | None = None,
+    on_predicted: Callable[[Prediction], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[list[Point], dict[OpKind, float]]:
-    """Draw, anchor, predict, hand the predictions to `on_predicted`, then measure interleaved.
+    """Draw; predict as calibrated; then interleaved, for each repeat: predict it, measure it.
+
+    Args:
+        on_predicted: is handed each prediction before its schedule runs.
 
     Returns:
-        The points, and the machine's speed at the check over its speed when it was calibrated.
+        The points, and by kind the time ops took while checking over what the profile says.
     """
     library = Library(profile.model, seed)
     rhos = {name: profile.tier(name).rho for name in tiers or profile.tiers}
     probes = held_out(library, rhos, max_tokens, n_schedules, seed)
+    fast = [n for n, t in profile.tiers.items() if t.rho is None or t.rho < PROBED_RHO]
+    known = ladder(Library(profile.model, profile.provenance.seed), fast, max_tokens)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
         open_runner(profile, loaded, folder) as runner,
     ):
-        now, drift = anchor(profile, runner, max_tokens, progress)
-        points = predict(profile, now, runner, probes)
-        if on_predicted is not None:
-            on_predicted([asdict(p) for p in points])
-        measure(runner, probes, points, n_repeats, progress)
-    return points, drift
+        held = [_Held(profile, runner, probe) for probe in probes]
+        tell = on_predicted or (lambda prediction: None)
+        for one in held:
+            tell(one.as_calibrated())
+        speed = Speed(profile, runner, known[::SPEED_EVERY], progress)
+        factors: dict[OpKind, list[float]] = {}
+        for turn in range(n_repeats + 1):
+            for i, one in enumerate(held):
+                for _ in range(ceil_div(len(speed), len(held))):
+                    speed.step()
+                if turn == 0:
+                    one.run()
+                else:
+                    tell(one.predict(speed.now(), turn))
+                    one.measure()
+                    for kind, factor in speed.factors().items():
+                        factors.setdefault(kind, []).append(factor)
+                if progress is not None:
+                    progress("held-out", turn * len(held) + i + 1, len(held) * (n_repeats + 1))
+    return [one.point for one in held], {kind: median(found) for kind, found in factors.items()}
 
 
-def measure(
-    runner: Runner,
-    probes: Sequence[Probe],
-    points: Sequence[Point],
-    n_repeats: int,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> None:
-    """Fill in the measured values, one warm-up round and then interleaved repeats."""
-    measured = [Measured(p) for p in probes]
-    for turn in range(n_repeats + 1):
-        for i, (one, point) in enumerate(zip(measured, points, strict=True)):
-            timeline = run_once(runner, one.probe)
-            if turn > 0:
-                point.ttft_ms_measured.append(ttft_ms(timeline))
-                for kind, ms in ms_by_kind(timeline).items():
-                    point.op_ms_measured.setdefault(kind, []).append(ms)
-            if progress is not None:
-                progress("held-out", turn * len(probes) + i + 1, len(probes) * (n_repeats + 1))
+class _Held:
+    """A held-out schedule and its point."""
+
+    def __init__(self, profile: HardwareProfile, runner: Runner, probe: Probe) -> None:
+        runner.prepare(probe.workload, probe.plan, probe.tier)
+        index = runner.index(probe.plan, probe.tier)
+        _, self._schedule = runner.batch_schedule(probe.workload, probe.plan, index, probe.n_decode)
+        self._runner, self._probe = runner, probe
+        timeline = simulate_schedule(profile, self._schedule)
+        self.point = Point(
+            name=probe.name,
+            tier=probe.tier,
+            limited=profile.tier(probe.tier).limited,
+            policy=probe.plan.policy,
+            n_prompt=probe.n_prompt,
+            ttft_ms_as_calibrated=ttft_ms(timeline),
+            op_ms_as_calibrated=ms_by_kind(timeline),
+        )
+
+    def as_calibrated(self) -> Prediction:
+        point = self.point
+        return _prediction(point.name, None, point.ttft_ms_as_calibrated, point.op_ms_as_calibrated)
+
+    def predict(self, now: HardwareProfile, turn: int) -> Prediction:
+        """By the profile at the machine's present speed."""
+        timeline = simulate_schedule(now, self._schedule)
+        at_ms, by_kind = ttft_ms(timeline), ms_by_kind(timeline)
+        self.point.ttft_ms_predicted.append(at_ms)
+        for kind, ms in by_kind.items():
+            self.point.op_ms_predicted.setdefault(kind, []).append(ms)
+        return _prediction(self.point.name, turn, at_ms, by_kind)
+
+    def run(self) -> Timeline:
+        return run_once(self._runner, self._probe)
+
+    def measure(self) -> None:
+        timeline = self.run()
+        self.point.ttft_ms_measured.append(ttft_ms(timeline))
+        for kind, ms in ms_by_kind(timeline).items():
+            self.point.op_ms_measured.setdefault(kind, []).append(ms)
+
+
+def _prediction(
+    name: str, turn: int | None, at_ms: float, by_kind: Mapping[str, float]
+) -> Prediction:
+    return {"schedule": name, "repeat": turn, "ttft_ms": at_ms, "op_ms": dict(by_kind)}
 
 
 def summarise(points: Sequence[Point], drift: Mapping[OpKind, float]) -> dict[str, Any]:
@@ -204,17 +209,20 @@ def summarise(points: Sequence[Point], drift: Mapping[OpKind, float]) -> dict[st
 
 
 def _as_calibrated(points: Sequence[Point]) -> dict[str, Any]:
-    """The errors that the profile would have had without knowing the machine's present speed."""
-    before = [
-        replace(p, ttft_ms_predicted=p.ttft_ms_as_calibrated, op_ms_predicted=p.op_ms_as_calibrated)
+    """The errors of the profile by itself, which knows nothing of the machine's present speed."""
+    errors = [
+        abs(_error([p.ttft_ms_as_calibrated] * len(p.ttft_ms_measured), p.ttft_ms_measured))
         for p in points
     ]
-    errors = [abs(p.ttft_error) for p in before]
-    kinds = sorted({k for p in before for k in p.op_ms_predicted})
+    by_op: dict[str, list[float]] = {}
+    for p in points:
+        for kind, ms in p.op_ms_as_calibrated.items():
+            took = p.op_ms_measured[kind]
+            by_op.setdefault(kind, []).append(abs(_error([ms] * len(took), took)))
     return {
         "ttft_error_median": median(errors),
         "ttft_error_p95": p95(errors),
-        "by_op": {kind: _op_errors(before, kind)["error_median"] for kind in kinds},
+        "by_op": {kind: median(found) for kind, found in sorted(by_op.items())},
     }
 
 
@@ -225,15 +233,19 @@ def p95(values: Sequence[float]) -> float:
 
 
 def _op_errors(points: Sequence[Point], kind: str) -> dict[str, float]:
-    errors = [
-        (p.op_ms_predicted[kind] - median(p.op_ms_measured[kind])) / median(p.op_ms_measured[kind])
-        for p in points
-        if kind in p.op_ms_predicted
-    ]
-    repeats = [p.op_ms_measured[kind] for p in points if kind in p.op_ms_predicted]
+    having = [p for p in points if kind in p.op_ms_predicted]
+    errors = [p.op_error(kind) for p in having]
     return {
         "n": len(errors),
         "error_median": median(abs(e) for e in errors),
         "signed_median": median(errors),
-        "a_a_error_median": median(abs(median(r[::2]) / median(r[1::2]) - 1) for r in repeats),
+        "a_a_error_median": median(abs(_halves(p.op_ms_measured[kind])) for p in having),
     }
+
+
+def _error(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    return median((p - m) / m for p, m in zip(predicted, measured, strict=True))
+
+
+def _halves(repeats: Sequence[float]) -> float:
+    return median(repeats[::2]) / median(repeats[1::2]) - 1

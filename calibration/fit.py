@@ -15,6 +15,7 @@ from ..core.model_spec import ModelSpec
 from ..core.ops import Op, OpKind, Span
 from ..core.rng import rng
 from ..core.timeline import Timeline
+from ..core.units import s_to_ns
 from ..simulator.cost import (
     DISPATCH_GAP,
     FEATURES,
@@ -22,13 +23,19 @@ from ..simulator.cost import (
     features,
     wake_coefficient,
 )
-from ..simulator.interference import LOSES_TO, coefficient_of, slowed_of, source_of
+from ..simulator.interference import (
+    LOSES_TO,
+    coefficient_of,
+    moving_share,
+    slowed_of,
+    source_of,
+)
 from .collect import Measured
 
 N_BOOTSTRAP = 200
-SUMMED: tuple[OpKind, ...] = ("restore", "select")
-"""Short ops that come in numbers: one that waits for its core takes several times as long. What is
-fitted, robustly, is their sum over a probe."""
+SUMMED: tuple[OpKind, ...] = ("prefill", "select")
+"""What matters of them is their sum over a prompt, and one that waits for its core takes several
+times as long: the sum over each probe is fitted, robustly."""
 ROBUST_ROUNDS = 6
 LEAST_RESIDUAL = 0.02
 """Of the robust fit: relative residuals below this count alike."""
@@ -189,9 +196,15 @@ def report(y: NDArray[np.float64], predicted: NDArray[np.float64]) -> FitReport:
     )
 
 
-def samples_of(measured: Measured, tiers: Mapping[str, Tier]) -> list[Sample]:
-    """Each op of a probe: median seconds, and means over the repeats of what was beside it."""
-    extras = [extras_of(t, tiers) for t in measured.timelines]
+def samples_of(
+    measured: Measured, tiers: Mapping[str, Tier], load_op_s: float = 0.0
+) -> list[Sample]:
+    """Each op of a probe: median seconds, and means over the repeats of what was beside it.
+
+    Args:
+        load_op_s: `load.op`, which is a part of a load's own work.
+    """
+    extras = [extras_of(t, tiers, load_op_s) for t in measured.timelines]
     samples = []
     for op in measured.ops():
         names = {name for found in extras for name in found[op.op_id]}
@@ -201,13 +214,15 @@ def samples_of(measured: Measured, tiers: Mapping[str, Tier]) -> list[Sample]:
     return samples
 
 
-def extras_of(timeline: Timeline, tiers: Mapping[str, Tier]) -> dict[int, dict[str, float]]:
+def extras_of(
+    timeline: Timeline, tiers: Mapping[str, Tier], load_op_s: float = 0.0
+) -> dict[int, dict[str, float]]:
     """By op id: seconds beside each source of interference, and 1 where a stream had to wake."""
     found = {}
     for spans in timeline.by_stream().values():
         idle_since_ns: int | None = None
         for span in spans:
-            extras = _beside_s(timeline, span, tiers)
+            extras = _beside_s(timeline, span, tiers, load_op_s)
             woke = idle_since_ns is None or span.start_ns - idle_since_ns >= WAKE_AFTER_NS
             extras[wake_coefficient(span.op.kind)] = float(woke)
             found[span.op.op_id] = extras
@@ -215,7 +230,9 @@ def extras_of(timeline: Timeline, tiers: Mapping[str, Tier]) -> dict[int, dict[s
     return found
 
 
-def _beside_s(timeline: Timeline, span: Span, tiers: Mapping[str, Tier]) -> dict[str, float]:
+def _beside_s(
+    timeline: Timeline, span: Span, tiers: Mapping[str, Tier], load_op_s: float
+) -> dict[str, float]:
     """Seconds of `span` during which each source of interference was active on another stream."""
     found: dict[str, float] = {}
     if span.op.kind not in INTERFERED:
@@ -225,12 +242,22 @@ def _beside_s(timeline: Timeline, span: Span, tiers: Mapping[str, Tier]) -> dict
     for other in timeline.spans:
         if other.op.stream == span.op.stream:
             continue
-        source, strength = source_of(other.op, tiers)
-        if source in loses_to:
-            both_ns = min(span.end_ns, other.end_ns) - max(span.start_ns, other.start_ns)
-            name = coefficient_of(slowed, source)
-            found[name] = found.get(name, 0.0) + max(0, both_ns) * strength / 1e9
+        source = source_of(other.op, tiers)
+        if source not in loses_to:
+            continue
+        both_ns = _overlap_ns(span, other.start_ns, other.end_ns)
+        if other.op.kind == "load" and (share := moving_share(tiers[other.op.tier])) < 1.0:
+            tier = tiers[other.op.tier]
+            own_ns = s_to_ns(load_op_s + other.op.n_reads * tier.read_latency_s)
+            moves_ns = min(other.end_ns, other.start_ns + own_ns)
+            both_ns -= (1.0 - share) * _overlap_ns(span, moves_ns, other.end_ns)
+        name = coefficient_of(slowed, source)
+        found[name] = found.get(name, 0.0) + both_ns / 1e9
     return {k: min(v, span.duration_ns / 1e9) for k, v in found.items()}
+
+
+def _overlap_ns(span: Span, start_ns: int, end_ns: int) -> float:
+    return float(max(0, min(span.end_ns, end_ns) - max(span.start_ns, start_ns)))
 
 
 def dispatch_gap(timelines: Sequence[Timeline], seed: int) -> Coefficient:

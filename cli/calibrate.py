@@ -54,7 +54,7 @@ def command(
 
     check_writable(out if profile is None else None)
     if check:
-        check_writable(check_out / "predicted.json")
+        check_writable(check_out / "predicted.jsonl")
     machine = HardwareProfile.read(profile) if profile is not None else None
     device = checked_device(device, machine)
     kept: Any = machine.model.stored if machine is not None else stored
@@ -122,14 +122,12 @@ def run_check(
     from dataclasses import asdict
 
     from ..calibration import fidelity
-    from ..core.record import write_atomic
+    from ..core.record import append_line, write_atomic
     from ..runtime.machine import provenance_here
     from .console import note, progress_bar
 
-    def save(name: str, data: object) -> None:
-        write_atomic(folder / name, (json.dumps(data, indent=1) + "\n").encode())
-
-    predicted = folder / "predicted.json"
+    predicted = folder / "predicted.jsonl"
+    write_atomic(predicted, b"")
     with progress_bar() as tell:
         points, drift = fidelity.check(
             machine,
@@ -138,13 +136,13 @@ def run_check(
             n_schedules=n_schedules,
             n_repeats=n_repeats,
             max_tokens=max_tokens,
-            on_predicted=lambda found: save("predicted.json", found),
+            on_predicted=lambda found: append_line(predicted, json.dumps(found)),
             progress=tell,
         )
     summary = fidelity.summarise(points, drift)
     provenance = provenance_here(seed).model_dump(mode="json")
-    raw = [asdict(p) for p in points]
-    save("measured.json", {"provenance": provenance, "summary": summary, "points": raw})
+    raw = {"provenance": provenance, "summary": summary, "points": [asdict(p) for p in points]}
+    write_atomic(folder / "measured.json", (json.dumps(raw, indent=1) + "\n").encode())
     note(f"predictions, written before measuring: {predicted}; all values: {folder}/measured.json")
     print_points(points, summary)
     return summary
@@ -162,7 +160,7 @@ def print_points(points: list[Point], summary: dict[str, Any]) -> None:
             {
                 "schedule": p.name,
                 "n_prompt": p.n_prompt,
-                "ttft_ms_predicted": p.ttft_ms_predicted,
+                "ttft_ms_predicted": median(p.ttft_ms_predicted),
                 "ttft_ms_measured": median(p.ttft_ms_measured),
                 "error": round(p.ttft_error, 4),
                 "a_a": round(p.a_a_error, 4),

@@ -32,6 +32,7 @@ FEATURES: dict[OpKind, tuple[str, ...]] = {
     "prefill": (
         "prefill.op",
         "prefill.layer",
+        "prefill.sparse_layer",
         "prefill.small_flop",
         "prefill.flop",
         "prefill.attention_flop",
@@ -169,14 +170,15 @@ def _select(op: Op, model: ModelSpec) -> tuple[float, ...]:
 def _prefill(op: Op, model: ModelSpec) -> tuple[float, ...]:
     rows, layers = op.n_tokens, op.layer_stop - op.layer_start
     if not rows:
-        return (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     small = min(rows, SMALL_ROWS)
     attention = float(model.attention_flops(op.n_scored, layers))
-    # A whole prompt from position 0 needs no positions: attention has a faster, causal kernel.
+    # A whole prompt from position 0 needs no positions: no plan, no mask, a faster causal kernel.
     causal = op.n_pairs == rows * (rows + 1) // 2
     return (
         1.0,
         float(layers),
+        0.0 if causal else float(layers),
         float(model.linear_flops(small, layers)),
         float(model.linear_flops(rows - small, layers)),
         0.0 if causal else attention,

@@ -182,6 +182,9 @@ class SimExecutor:
     def _worked(self, task: Task) -> None:
         """An op's own work is done; what is left of a load are its bytes."""
         if task.n_bytes:
+            if self._is_interfered:
+                self._interference.moves(task.op)
+                self._retime()
             self._link(task.op.tier).join(task, task.n_bytes)
         else:
             self._end(task)

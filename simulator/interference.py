@@ -3,8 +3,9 @@
 `interference.<slowed>.<source>` is the share of its speed that an op loses while the source is
 active: loads (by medium), restores on their own stream, compute. Slowed are `compute`, `restore`
 and `io`: what a load loses is its own work, before its bytes move (`simulator.cost.LoadParts`);
-bytes share the link. A tier behind a rate limiter mostly sleeps: it counts by the share of the
-medium's rate that it uses. Calibration fits the shares from the measured overlap of spans.
+bytes share the link. A tier behind a rate limiter mostly sleeps: while its bytes move it counts by
+the share of the medium's rate that it uses; its own work, before that, is any load's. Calibration
+fits the shares from the measured overlap of spans.
 """
 
 from __future__ import annotations
@@ -43,12 +44,16 @@ def coefficient_of(slowed: str, source: str) -> str:
     return f"interference.{slowed}.{source}"
 
 
-def source_of(op: Op, tiers: Mapping[str, Tier]) -> tuple[str, float]:
-    """(what an active op is to others, how strongly: 1, or the share of its medium's rate)."""
-    if op.kind != "load":
-        return ("compute" if op.stream == COMPUTE else "restore"), 1.0
-    tier = tiers[op.tier]
-    return tier.medium, min(1.0, tier.link_bytes_per_s / tier.worker_bytes_per_s)
+def source_of(op: Op, tiers: Mapping[str, Tier]) -> str:
+    """What an active op is to others."""
+    if op.kind == "load":
+        return tiers[op.tier].medium
+    return "compute" if op.stream == COMPUTE else "restore"
+
+
+def moving_share(tier: Tier) -> float:
+    """How strongly a load counts while its bytes move: the share of its medium's rate."""
+    return min(1.0, tier.link_bytes_per_s / tier.worker_bytes_per_s)
 
 
 class Interference:
@@ -63,6 +68,8 @@ class Interference:
             if (found := profile.coefficients.get(coefficient_of(slowed, source))) is not None
         }
         self._active: dict[tuple[int, str], float] = {}
+        self._strength: dict[int, float] = {}
+        """By op id, how strongly it counts now."""
 
     @property
     def is_modelled(self) -> bool:
@@ -71,24 +78,32 @@ class Interference:
 
     def begin(self, op: Op) -> None:
         """`op` is active from now on."""
-        source, strength = source_of(op, self._tiers)
-        key = (op.device, source)
-        self._active[key] = self._active.get(key, 0.0) + strength
+        self._count(op, 1.0)
+
+    def moves(self, op: Op) -> None:
+        """The own work of a load is done; its bytes move."""
+        self._count(op, moving_share(self._tiers[op.tier]))
 
     def end(self, op: Op) -> None:
         """`op` is active no more."""
-        source, strength = source_of(op, self._tiers)
-        self._active[op.device, source] -= strength
+        self._count(op, 0.0)
+        del self._strength[op.op_id]
+
+    def _count(self, op: Op, strength: float) -> None:
+        key = (op.device, source_of(op, self._tiers))
+        more = strength - self._strength.get(op.op_id, 0.0)
+        self._strength[op.op_id] = strength
+        self._active[key] = self._active.get(key, 0.0) + more
 
     def rate(self, op: Op) -> float:
         """Share of its own speed at which `op` goes now."""
         slowed = slowed_of(op)
-        own, strength = source_of(op, self._tiers)
+        own = source_of(op, self._tiers)
         lost = 0.0
         for source in LOSES_TO.get(slowed, ()):
             active = self._active.get((op.device, source), 0.0)
             if source == own:
-                active -= strength
+                active -= self._strength.get(op.op_id, 0.0)
             if active > 1e-9:
                 lost += self._share.get((slowed, source), 0.0) * min(1.0, active)
         return max(SLOWEST, 1.0 - lost)

@@ -27,6 +27,7 @@ COEFFICIENTS_S = {
     "select.row": 1 * NS,
     "prefill.op": 100 * NS,
     "prefill.layer": 10 * NS,
+    "prefill.sparse_layer": 0.0,
     "prefill.small_flop": 0.0,
     "prefill.flop": 0.0,
     "prefill.attention_flop": 0.0,

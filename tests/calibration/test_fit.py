@@ -30,6 +30,7 @@ KNOWN = {
     "select.row": 2 * US,
     "prefill.op": 50 * US,
     "prefill.layer": 1200 * US,
+    "prefill.sparse_layer": 300 * US,
     "prefill.small_flop": 2e-9,
     "prefill.flop": 1e-9,
     "prefill.attention_flop": 1.5e-9,

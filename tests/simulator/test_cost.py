@@ -19,11 +19,15 @@ def test_features_by_hand():
     assert features(prefill, MODEL) == {
         "prefill.op": 1,
         "prefill.layer": 2,
+        "prefill.sparse_layer": 2,
         "prefill.small_flop": 4608 * 64 * 2,
         "prefill.flop": 4608 * 36 * 2,
         "prefill.attention_flop": 64 * 7 * 2,
         "prefill.causal_flop": 0,
     }
+    whole = features(make_op(0, "prefill", n_tokens=3, n_pairs=6, n_scored=6, **LAYERS), MODEL)
+    assert (whole["prefill.sparse_layer"], whole["prefill.attention_flop"]) == (0, 0)
+    assert whole["prefill.causal_flop"] == 64 * 6 * 2
     decode = make_op(0, "decode", n_tokens=3, n_pairs=50, **LAYERS)
     assert features(decode, MODEL) == {
         "decode.op": 1,

@@ -63,6 +63,13 @@ def test_a_limited_tier_counts_by_the_share_of_its_medium(link: float, end: int)
     assert times[0] == end
 
 
+def test_the_own_work_of_a_limited_load_counts_as_any():
+    """60 ns at half speed leave 70 of 100; beside bytes that trickle they take 71."""
+    shares = {"load.op": 60 * NS, "interference.compute.dram": 0.5}
+    times = {op: stop for op, _, stop in run(shares, prefill(0), load(1, 40), link=0.001e9)}
+    assert times[0] == 131
+
+
 def test_a_load_loses_its_own_work_to_others_but_never_to_itself():
     """Its overhead of 60 ns takes 120 at half speed; its 40 bytes follow at the link's rate."""
     shares = {"load.op": 60 * NS, "interference.io.compute": 0.5, "interference.io.dram": 0.5}

@@ -1,0 +1,88 @@
+"""`Speed`: how fast the machine is now, by probes that run between what is measured.
+
+A shared machine's speed moves by 5 to 20 % within half a minute, other kinds of work by other
+amounts. Probes that calibration knows, run one by one between the measurements, tell by how much:
+for each kind of op the median, over the last run of each, of what it took over what the profile
+says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from ..core.executor import execute
+from ..core.hardware import HardwareProfile
+from ..core.ops import OpKind, Schedule
+from ..simulator.executor import SimExecutor
+from .align import ALIGNED, LEAST_PROBES, ms_by_kind, scaled
+from .collect import run_once
+from .probes import Probe
+
+if TYPE_CHECKING:
+    from ..runtime.runner import Runner
+
+
+class Speed:
+    """Runs `probes` in turn; the profile at the speed of the last round of them.
+
+    Args:
+        profile: as it was calibrated.
+        probes: some of those that calibrated it, of tiers that are fast enough to be run often.
+    """
+
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        runner: Runner,
+        probes: Sequence[Probe],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self._profile = profile
+        self._runner = runner
+        self._probes = list(probes)
+        self._simulated: list[dict[str, float]] = []
+        self._ratios: dict[OpKind, deque[float]] = {}
+        self._next = 0
+        tell = progress or (lambda what, done, total: None)
+        for i, probe in enumerate(self._probes):
+            timeline = run_once(runner, probe, prepare=True)  # a warm-up
+            ops = [s.op for s in sorted(timeline.spans, key=lambda s: s.seq)]
+            simulated = execute(Schedule.of(ops), SimExecutor(profile))
+            self._simulated.append(ms_by_kind(simulated))
+            tell("speed", i + 1, 2 * len(self._probes))
+        for kind in ALIGNED:
+            if n := sum(found.get(kind, 0.0) > 0.0 for found in self._simulated):
+                self._ratios[kind] = deque(maxlen=n)
+        for i in range(len(self._probes)):
+            self.step()
+            tell("speed", len(self._probes) + i + 1, 2 * len(self._probes))
+
+    def __len__(self) -> int:
+        return len(self._probes)
+
+    def step(self) -> None:
+        """Run the next probe."""
+        at = self._next
+        self._next = (at + 1) % len(self._probes)
+        took = ms_by_kind(run_once(self._runner, self._probes[at]))
+        for kind, ratios in self._ratios.items():
+            if simulated_ms := self._simulated[at].get(kind):
+                ratios.append(took[kind] / simulated_ms)
+
+    def factors(self) -> dict[OpKind, float]:
+        """By kind, the time ops take now over what the profile says.
+
+        Kinds of too few probes follow `prefill`, whose stream they share.
+        """
+        prefill = self._ratios["prefill"]
+        return {
+            kind: median(found if len(found) >= LEAST_PROBES else prefill)
+            for kind, found in self._ratios.items()
+        }
+
+    def now(self) -> HardwareProfile:
+        """The profile at the machine's present speed."""
+        return scaled(self._profile, self.factors())
