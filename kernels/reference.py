@@ -8,6 +8,9 @@ packed format is in ``packing.py``, decode attention over it in ``decode_referen
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -166,6 +169,57 @@ def restore_quantised(
         restore(*values, positions[start:stop], k_out, v_out, **rope)  # type: ignore[arg-type]
 
 
+class Seen(NamedTuple):
+    """What a block of queries sees: keys ``first`` to ``last - 1``, where ``mask`` is set."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    mask: Tensor | None
+    """bool ``[(stop - start) * G, last - first]``; None: all of them."""
+    empty: Tensor | None
+    """bool ``[stop - start]``, queries that see no key; None: there are none."""
+
+
+def seen_blocks(
+    positions: Tensor, slot: Tensor, group: int, window: int | None = None
+) -> Iterator[Seen]:
+    """`QUERY_BLOCK` queries after the other, those that see no key at all left out.
+
+    Args:
+        positions: int64 ``[n_q]``, ascending.
+        slot: int64 ``[n]``, ascending: the positions of the keys.
+        group: ``G``, query heads of a key head.
+        window: see `sparse_attention`.
+
+    Raises:
+        ValueError: positions are not sorted.
+    """
+    if bool((positions[1:] < positions[:-1]).any()):
+        raise ValueError(
+            "positions must be ascending integers, one per query: sort them with torch.sort, "
+            "apply its indices to q, and undo them on the output"
+        )
+    for start in range(0, positions.numel(), QUERY_BLOCK):
+        pos = positions[start : start + QUERY_BLOCK]
+        first, last = 0, int(torch.searchsorted(slot, pos[-1:], right=True))
+        if window:
+            first = int(torch.searchsorted(slot, pos[:1] - window, right=True))
+        if last <= first:
+            continue
+        seen = slot[first:last] <= pos[:, None]
+        if window:
+            seen &= slot[first:last] > pos[:, None] - window
+        mask = empty = None
+        if not bool(seen.all()):
+            none = ~seen.any(1)
+            if bool(none.any()):  # such a row sees all for now; a mask of nothing gives NaN
+                empty, seen = none, seen | none[:, None]
+            mask = seen.repeat_interleave(group, 0)
+        yield Seen(start, start + pos.numel(), first, last, mask, empty)
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -175,6 +229,7 @@ def sparse_attention(
     scale: float,
     window: int | None = None,
     holes: KeyBitmap | None = None,
+    seen: Iterable[Seen] | None = None,
 ) -> Tensor:
     """Selected queries attend to the full KV buffer, causal by *position*, not by row.
 
@@ -189,6 +244,8 @@ def sparse_attention(
         scale: multiplies the scores, usually ``D ** -0.5``.
         window: keys seen at most, the query's own included; ``None`` for all.
         holes: keys whose bit is 0 are left out of attention. ``None``: no holes.
+        seen: `seen_blocks` of these positions and slots ``0 .. n_keys - 1``, where another layer
+            has them already; without holes.
 
     Returns:
         ``[n_q, H, D]`` in ``q.dtype``. A query that sees no key gives 0.
@@ -197,49 +254,42 @@ def sparse_attention(
         ValueError: heads do not divide, shapes disagree, or positions are not sorted.
     """
     (n_q, h, d), hk = q.shape, k.shape[0]
-    if h % hk or k.shape != v.shape or k.shape[2] != d or n_keys > k.shape[1]:
+    if (
+        h % hk
+        or k.shape != v.shape
+        or k.shape[2] != d
+        or n_keys > k.shape[1]
+        or positions.shape != (n_q,)
+    ):
         raise ValueError(
-            "need H a multiple of HK, k and v of one shape and n_keys <= n_slots; got "
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, n_keys={n_keys}"
+            "need H a multiple of HK, k and v of one shape, n_keys <= n_slots and a position for "
+            f"each query; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, "
+            f"n_keys={n_keys}, positions {tuple(positions.shape)}"
         )
-    if positions.shape != (n_q,) or bool((positions[1:] < positions[:-1]).any()):
-        raise ValueError(
-            f"positions must be {n_q} ascending integers, one per query: sort them with "
-            "torch.sort, apply its indices to q, and undo them on the output"
-        )
-    slot = torch.arange(n_keys, device=q.device)
-    if holes is not None:
-        # Compressed, because a slot left out may hold NaN, which a mask would let through.
-        slot = slot[holes.kept()[:n_keys]]
-        k, v = k.index_select(1, slot), v.index_select(1, slot)
+    if seen is None:
+        slot = torch.arange(n_keys, device=q.device)
+        if holes is not None:
+            # Compressed, because a slot left out may hold NaN, which a mask would let through.
+            slot = slot[holes.kept()[:n_keys]]
+            k, v = k.index_select(1, slot), v.index_select(1, slot)
+        seen = seen_blocks(positions, slot, h // hk, window)
     out = q.new_zeros(n_q, h, d)
-    for start in range(0, n_q, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n_q)
-        pos = positions[start:stop]
-        first, last = 0, int(torch.searchsorted(slot, pos[-1:], right=True))
-        if window:
-            first = int(torch.searchsorted(slot, pos[:1] - window, right=True))
-        if last > first:
-            seen = slot[first:last] <= pos[:, None]
-            if window:
-                seen &= slot[first:last] > pos[:, None] - window
-            keys, values = k[:, first:last], v[:, first:last]
-            out[start:stop] = _attend(q[start:stop], keys, values, seen, scale)
+    for block in seen:
+        keys, values = k[:, block.first : block.last], v[:, block.first : block.last]
+        out[block.start : block.stop] = _attend(
+            q[block.start : block.stop], keys, values, block, scale
+        )
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """One query block ``[m, H, D]`` over keys ``[HK, n, D]``, masked by ``seen`` ``[m, n]``."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, block: Seen, scale: float) -> Tensor:
+    """One query block ``[m, H, D]`` over its keys ``[HK, n, D]``."""
     (m, h, d), hk = q.shape, k.shape[0]
     # The G query heads of a key head become rows: one pass over its keys, 10x faster for one query.
     rows = q.view(m, hk, h // hk, d).transpose(0, 1).reshape(1, hk, m * (h // hk), d)
-    mask = None if bool(seen.all()) else seen.repeat_interleave(h // hk, 0)
-    empty = ~seen.any(1)
-    if bool(empty.any()):
-        mask = mask | empty.repeat_interleave(h // hk)[:, None]
-    out = F.scaled_dot_product_attention(rows, k[None], v[None], attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(rows, k[None], v[None], attn_mask=block.mask, scale=scale)
     out = out.view(hk, m, h // hk, d).transpose(0, 1).reshape(m, h, d)
-    return out.masked_fill_(empty[:, None, None], 0.0)
+    return out if block.empty is None else out.masked_fill_(block.empty[:, None, None], 0.0)
 
 
 def deviation(k_new: Tensor, k_old: Tensor) -> Tensor:

@@ -209,8 +209,16 @@ class Device:
     def sparse_attention(
         self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """See `kernels.reference.sparse_attention`."""
-        return reference.sparse_attention(q, k, v, rows.positions, rows.n_keys, scale, window)
+        """See `kernels.reference.sparse_attention`. Layers share what rows see, if it is small."""
+        seen = rows.plans.get(window)
+        group = q.shape[1] // k.shape[0]
+        if seen is None and q.shape[0] * group * rows.n_keys <= SHARED_MASK_BYTES:
+            slot = torch.arange(rows.n_keys)
+            seen = list(reference.seen_blocks(rows.positions, slot, group, window))
+            rows.plans[window] = seen
+        return reference.sparse_attention(
+            q, k, v, rows.positions, rows.n_keys, scale, window, seen=seen
+        )
 
     def decode_attention(
         self, q: Tensor, k: Tensor, v: Tensor, base: Tensor, n_keys: Tensor, scale: float,
@@ -219,6 +227,9 @@ class Device:
         """See `kernels.decode_reference.decode_pooled`."""
         return decode_pooled(q, k, v, base, n_keys, scale, window)
 
+
+SHARED_MASK_BYTES = 64 << 20
+"""The largest mask of a piece of a prompt that is kept from layer to layer."""
 
 CPU = Device()
 """The one worker that there is without a pipeline."""

@@ -253,7 +253,7 @@ class FakeCuda(Device):
             self.n_kernels["plans"] += 1
         assert rows.plans[args[1]].positions.tolist() == plain(rows.positions).tolist()
         assert isinstance(rows.positions, OnDevice)
-        bare = SimpleNamespace(positions=plain(rows.positions), n_keys=rows.n_keys)
+        bare = SimpleNamespace(positions=plain(rows.positions), n_keys=rows.n_keys, plans={})
         self.n_kernels["sparse_attention"] += 1
         return there(super().sparse_attention(bare, plain(q), plain(k), plain(v), *args))  # type: ignore[arg-type]
 
