@@ -99,6 +99,21 @@ def test_sparse_attention_in_bf16_is_as_exact_as_bf16() -> None:
     torch.testing.assert_close(got.double(), want, atol=8e-3, rtol=8e-3)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_layers_may_share_what_rows_see(window: int | None) -> None:
+    """Also for rows that see no key, and blocks in which all do."""
+    positions = torch.arange(0, 600, 3)
+    q, k, v = draw(1, 200, 4, 16), draw(2, 2, 600, 16), draw(3, 2, 600, 16)
+    for n_keys in (150, 600):
+        seen = list(reference.seen_blocks(positions, torch.arange(n_keys), 2, window))
+        shared = reference.sparse_attention(q, k, v, positions, n_keys, 0.25, window, seen=seen)
+        alone = reference.sparse_attention(q, k, v, positions, n_keys, 0.25, window)
+        assert torch.equal(shared, alone)
+        if window and n_keys == 150:
+            assert not shared[-1].any()
+            assert len(seen) == 1
+
+
 def test_sparse_attention_refuses_unsorted_positions() -> None:
     q, kv = draw(0, 2, 2, 16), draw(1, 1, 8, 16)
     with pytest.raises(ValueError, match="ascending"):
