@@ -31,7 +31,8 @@ class Row:
 
     label: str
     tier: str
-    rho: float | None
+    rho: float
+    """Transfer over recompute time per token."""
     plan: ReusePlan
     recompute_ratio: float
     ttft_ms_predicted: float = 0.0

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = (8 * KIB, 16 * KIB, 24 * KIB, 64 * KIB, 256 * KIB, 2 * MIB, 16 * MIB)
 SMALL_BYTES = 24 * KIB
+LARGE_BYTES = 2 * MIB
 TOTAL_BYTES = 256 * MIB
 LARGE_GOALS = (0.9, 0.96)
+"""Must and goal, shares of the copy engine's rate."""
 SMALL_GOALS = (0.7, 0.85)
+"""Shares of the rate at which the GPU's processors read."""
 
 Path = Literal["kernel", "copy", "auto"]
 PATHS: tuple[Path, ...] = ("copy", "kernel", "auto")
@@ -33,6 +36,18 @@ class Pieces:
     def rate(self) -> float:
         """Bytes per second."""
         return self.piece_bytes * self.n_pieces / self.took.median
+
+    @property
+    def ceiling(self) -> str:
+        """What it is held against."""
+        return "h2d_sm" if self.piece_bytes <= SMALL_BYTES else "h2d"
+
+    @property
+    def goals(self) -> tuple[float, float] | tuple[None, None]:
+        """Must and goal of the path that is chosen; sizes in between have none."""
+        if self.path != "auto" or SMALL_BYTES < self.piece_bytes < LARGE_BYTES:
+            return None, None
+        return SMALL_GOALS if self.piece_bytes <= SMALL_BYTES else LARGE_GOALS
 
 
 def host_to_device(total_bytes: int = TOTAL_BYTES) -> list[Pieces]:

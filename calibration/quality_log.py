@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import CacheTuneError, WorkloadError
-from ..core.record import canonical_json, write_atomic
+from ..core.record import append_line, canonical_json, write_atomic
 from .quality import Arm, Tally
 
 Found = tuple[str, int, list[Tally]]
@@ -59,15 +59,7 @@ class QualityLog:
         task, context, tallies = found
         rows = [[*_key(t.arm), round(t.share, 6), *t.counts] for t in tallies]
         line = canonical_json({"task": task, "context": context, "rows": rows})
-        try:
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(line + "\n")
-        except OSError as e:
-            raise CacheTuneError(
-                "the file of raw counts must be writable",
-                values=f"{self.path}: {e.strerror}",
-                remedy="free space and run again: what is written is kept",
-            ) from None
+        append_line(self.path, line)
         self.found.append(found)
 
 

@@ -16,6 +16,8 @@ BENCHES = (
     "grid",
     "serve",
     "simulator",
+    "capacity",
+    "shared_link",
     "gpu",
 )
 """In the order of `--help`; those whose module is there are offered."""
@@ -25,4 +27,4 @@ command = typer.Typer(help="Measure kernels, I/O, TTFT, throughput, quality and 
 for _name in BENCHES:
     if (Path(__file__).parent / f"bench_{_name}.py").is_file():
         _module = importlib.import_module(f".bench_{_name}", __package__)
-        command.command(_name)(_module.command)
+        command.command(_name.replace("_", "-"))(_module.command)

@@ -87,6 +87,13 @@ def command(
             machine = calibrate(loaded, settings, tell)
             machine.write(profile)
         workload = Library(loaded.spec, seed).workload(Shape(8, chunk_tokens, 32))
+        asked = {
+            "profile": machine.fingerprint(),
+            "workload": workload.fingerprint(),
+            "trials": trials,
+            "repeats": repeats,
+            "seed": seed,
+        }
         found = []
         with (
             tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
@@ -95,10 +102,11 @@ def command(
             for tier in tiers.split(","):
                 machine.tier(tier)
                 done = work / f"{tier}.result.json"
-                if not done.exists():
-                    one = one_tier(runner, machine, workload, tier, trials, repeats, work, seed)
-                    write_atomic(done, (json.dumps(one, indent=1) + "\n").encode())
-                raw = json.loads(done.read_text(encoding="utf-8"))
+                raw = kept(done, asked)
+                if raw is None:
+                    raw = one_tier(runner, machine, workload, tier, trials, repeats, work, seed)
+                    text = json.dumps({"settings": asked, **raw}, indent=1)
+                    write_atomic(done, (text + "\n").encode())
                 found.append(raw | relate(raw["tuned_ttft_ms"], raw["grid_ttft_ms"]))
                 tell("tiers", len(found), len(tiers.split(",")))
     for tier in tiers.split(","):
@@ -112,6 +120,32 @@ def command(
     print_json_line(
         {"command": "bench grid", "tuned_over_grid": {f["tier"]: f["ratio"] for f in found}}
     )
+
+
+def kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run left of a tier, None if nothing.
+
+    Raises:
+        CacheTuneError: it was measured with other settings.
+    """
+    from ..core.errors import CacheTuneError
+    from ..core.record import parse_json
+
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        theirs = dict(found.pop("settings", {}))
+    except (ValueError, TypeError, AttributeError):
+        theirs = {}
+    differs = [name for name, value in settings.items() if theirs.get(name) != value]
+    if differs:
+        raise CacheTuneError(
+            "a run goes on only with the settings it began with",
+            values=f"{path} of another {', '.join(differs)}",
+            remedy="choose another --work, or remove it to start anew",
+        )
+    return found
 
 
 def one_tier(

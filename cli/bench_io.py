@@ -47,6 +47,8 @@ COLUMNS = (
     "of_fio",
     "of_ceiling",
     "ceiling",
+    "must",
+    "goal",
 )
 
 
@@ -115,7 +117,8 @@ def command(
     print_table(rows, COLUMNS, f"reads, requests of {request_kib} KiB")
     note(f"{result['cold']}")
     note(f"result: {out}")
-    print_json_line({"command": "bench io", **result["best_of_fio"]})
+    missed = [row["medium"] for row in rows if row.get("met") is False]
+    print_json_line({"command": "bench io", **result["best_of_fio"], "below_must": missed})
 
 
 def _numbers(text: str) -> list[int]:
@@ -251,8 +254,7 @@ def _link_rows(found: dict[str, Ceiling]) -> list[dict[str, Any]]:
 
     rows = []
     for one in link.host_to_device():
-        small = one.piece_bytes <= link.SMALL_BYTES
-        ceiling = found["h2d_sm" if small else "h2d"]
+        ceiling, (must, goal) = found[one.ceiling], one.goals
         rate = one.piece_bytes * one.n_pieces
         rows.append(
             {
@@ -266,7 +268,9 @@ def _link_rows(found: dict[str, Ceiling]) -> list[dict[str, Any]]:
                 "of_fio": None,
                 "of_ceiling": one.rate / ceiling.rate,
                 "ceiling": ceiling.name,
-                "goals": link.SMALL_GOALS if small else link.LARGE_GOALS,
+                "must": must,
+                "goal": goal,
+                "met": None if must is None else one.rate / ceiling.rate >= must,
             }
         )
     return rows

@@ -73,7 +73,7 @@ def command(
             note(f"{row['case']}, {row['contender']}: {row['trouble']}")
     note(f"result: {out}")
     wrong = [r["case"] for r in rows if r["trouble"] and r["contender"].startswith("ours")]
-    missed = [r["case"] for r in rows if r["met"] is False]
+    missed = [f"{r['case']}, {r['contender']}" for r in rows if r["met"] is False]
     print_json_line({"command": "bench kernels", "wrong": wrong, "below_must": missed})
     if wrong:
         raise typer.Exit(1)
@@ -104,15 +104,16 @@ def _rows(
 ) -> list[dict[str, Any]]:
     from ..kernels.benchmark import goals, time_case
 
-    must, goal = goals(case) if device == "cuda" else (None, None)
     rows = [_row(t) for t in time_case(case, device, ceilings, peers=peers, n=repeats)]
     ours = next((r["us"] for r in rows if r["contender"].startswith("ours")), None)
     for row in rows:
         mine = row["contender"].startswith("ours")
-        row |= {"must": must if mine else None, "goal": goal if mine else None, "met": None}
-        if mine and must is not None and row["of_limit"] is not None:
-            row["met"] = row["of_limit"] >= must
         row["vs_ours"] = row["us"] / ours if ours and row["us"] else None
+        name = "ours" if mine else row["contender"]
+        must, goal = goals(case, name) if device == "cuda" else (None, None)
+        reached = row["of_limit" if mine else "vs_ours"]
+        met = reached >= must if must is not None and reached is not None else None
+        row |= {"must": must, "goal": goal, "met": met}
     return rows
 
 

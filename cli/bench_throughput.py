@@ -40,7 +40,7 @@ IDEALS = (
 
 
 def command(
-    model: _Model = "llama-100m",
+    model: _Model = "llama-110m",
     requests: _Requests = 8,
     contents: _Contents = 12,
     chunks: _Chunks = 8,

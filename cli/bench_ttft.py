@@ -75,7 +75,7 @@ class _Run:
 
 
 def command(
-    model: _Model = "llama-100m",
+    model: _Model = "llama-110m",
     chunks: _Chunks = 8,
     chunk_tokens: _ChunkTokens = 512,
     ratio: _Ratio = 0.15,

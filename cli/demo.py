@@ -161,7 +161,7 @@ def _policy_rows(demo: Demo, tier: str, tuned: ReusePlan) -> list[Row]:
     from ..calibration.ttft import policy_plans
     from ..core.quality import smallest_ratio
 
-    rho = demo.profile.tiers[tier].rho
+    rho = _rho(demo, tier)
     rows = []
     for label, plan in [*policy_plans(RATIO, demo.chunk_tokens).items(), ("tuned", tuned)]:
         ratio = 1.0 if plan.policy in ("full_recompute", "prefix_cache") else None
@@ -175,8 +175,18 @@ def _sweep_rows(demo: Demo, tier: str) -> list[Row]:
     from ..calibration.compare import Row
     from ..calibration.probes import plan_with
 
-    rho = demo.profile.tiers[tier].rho
+    rho = _rho(demo, tier)
     return [Row("sweep", tier, rho, plan_with("cachetune", r), r) for r in SWEEP]
+
+
+def _rho(demo: Demo, tier: str) -> float:
+    """What the tier's limiter was set to; for a tier as it is, what calibration found."""
+    from ..tuner.baselines import token_times
+
+    limit = demo.profile.tier(tier).rho
+    if limit is not None:
+        return limit
+    return token_times(demo.profile, _joined(demo.workloads), tier).rho
 
 
 def _traces(demo: Demo, plan: ReusePlan, out: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ COLUMNS = (
     "policy",
     "tier",
     "rho",
+    "limited",
     "recompute_ratio",
     "ttft_ms_predicted",
     "ttft_ms_measured",
@@ -53,8 +54,8 @@ def finish(
             "ttft_error_p95": p95(errors),
             "n_points": len(errors),
         },
-        "rows": [_row(r) for r in rows],
-        "sweep": [_row(r) for r in sweep],
+        "rows": [_row(r, demo) for r in rows],
+        "sweep": [_row(r, demo) for r in sweep],
         "toy": toy,
         "tuned": {tier: _tuned(plan, tier, rows) for tier, plan in plans.items()},
     }
@@ -64,7 +65,7 @@ def finish(
         plan.write(out / f"plan.{tier}.json")
     write_json(out / "summary.json", summary)
     write_report(out / "report.html", summary, demo.quality, traces)
-    print_table([_cells(r) for r in rows], COLUMNS, "TTFT by policy and tier")
+    print_table([_cells(r, demo) for r in rows], COLUMNS, "TTFT by policy and tier")
     print_table(
         toy,
         ["policy", "selector", "recompute_ratio", "ttft_ms", "speedup", "cross", "local", "n"],
@@ -86,11 +87,12 @@ def finish(
 TOY = "the trained model: timed and scored, same weights"
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: Row, demo: Demo) -> dict[str, Any]:
     return {
         "policy": row.label,
         "tier": row.tier,
         "rho": row.rho,
+        "limited": demo.profile.tier(row.tier).limited,
         "recompute_ratio": row.recompute_ratio,
         "ttft_ms_predicted": row.ttft_ms_predicted,
         "ttft_ms_measured": row.ttft_ms_measured,
@@ -99,8 +101,8 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def _cells(row: Row) -> dict[str, Any]:
-    return {**_row(row), "ttft_ms_measured": row.ttft_ms, "error": round(row.error, 4)}
+def _cells(row: Row, demo: Demo) -> dict[str, Any]:
+    return {**_row(row, demo), "ttft_ms_measured": row.ttft_ms, "error": round(row.error, 4)}
 
 
 def _tuned(tuned: TunedPlan, tier: str, rows: list[Row]) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def _tuned(tuned: TunedPlan, tier: str, rows: list[Row]) -> dict[str, Any]:
     rule = tuned.plan.rule(tier, 1)
     return {
         "policy": tuned.plan.policy,
-        "selector": tuned.plan.selector,
+        "selector": tuned.plan.selector if tuned.plan.policy == "cachetune" else "",
         "ratios": list(rule.ratios),
         "layer_group": tuned.plan.layer_group,
         "load_order": tuned.plan.load_order,

@@ -33,6 +33,12 @@ COMMANDS = (
 )
 """In the order of `--help`."""
 
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "safetensors", "xxhash", "tokenizers"), "runtime"),
+    "triton": "kernels",
+}
+"""Packages that the base install leaves out, and the extra that brings each."""
+
 DEFAULT_ARGS = ["--help"]
 INPUT_ERROR = 2
 INTERRUPTED = 130
@@ -55,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = fail(str(e), INPUT_ERROR)
     except _UsageError as e:
         status = fail(f"{_message(e, args)}; see cachetune {_first_word(args)}--help", INPUT_ERROR)
+    except ModuleNotFoundError as e:
+        package = (e.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = f"pip install 'cachetune[{EXTRAS[package]}]'"
+        status = fail(f"this command needs {package}, got an install without; {extra}", INPUT_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         status = fail("interrupted", INTERRUPTED)
     raise SystemExit(status if isinstance(status, int) else 0)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import fleet_options as options
+
 if TYPE_CHECKING:
     from ..simulator.serving_result import ServingResult
     from ..tuner.candidate import Candidate
 
 _File = Annotated[Path, typer.Argument(help="A trace in any format of `cachetune trace`.")]
-_Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
 _Gpu = Annotated[str, typer.Option(help="A GPU of `cachetune catalogue list`.")]
 _Count = Annotated[int, typer.Option(min=1, max=64, help="GPUs per replica (tensor parallel).")]
 _Stages = Annotated[
@@ -27,14 +28,8 @@ _Disk = Annotated[str, typer.Option(help="A disk of the catalogue, or none.")]
 _Network = Annotated[str, typer.Option(help="A network to a store that replicas share, or none.")]
 _Policy = Annotated[str, typer.Option(help="Which tokens of a known chunk are recomputed.")]
 _Format = Annotated[str, typer.Option(help="Of stored chunks: bf16, int8, int4, int2.")]
-_Ratio = Annotated[float, typer.Option(help="Recompute ratio of cacheblend and cachetune.")]
 _Eviction = Annotated[str, typer.Option(help="lru, lfu, cost, belady.")]
 _Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms=: what counts as good.")]
-_First = Annotated[int | None, typer.Option(help="At most so many requests.")]
-_Scale = Annotated[float, typer.Option(help="What if requests came so many times as often?")]
-_Ids = Annotated[str, typer.Option(help="Block hashes name the prefix, or the content alone.")]
-_Zero = Annotated[bool, typer.Option(help="Leave out a trace's requests without output.")]
-_Overhead = Annotated[float, typer.Option(min=0, help="Host time per engine step, ms.")]
 _Life = Annotated[int | None, typer.Option(help="A row whose life is written to --trace.")]
 _Trace = Annotated[Path, typer.Option(help="With --life: the Chrome trace.")]
 _Out = Annotated[Path | None, typer.Option(help="One row per request, CSV.")]
@@ -45,7 +40,7 @@ _Seed = Annotated[int, typer.Option(min=0, help="Kept in the result.")]
 
 def command(
     file: _File,
-    model: _Model = "Llama-3.1-8B",
+    model: options.Model = "Llama-3.1-8B",
     gpu: _Gpu = "H100-SXM",
     n_gpus: _Count = 1,
     stages: _Stages = 1,
@@ -55,14 +50,14 @@ def command(
     network: _Network = "none",
     policy: _Policy = "cachetune",
     format: _Format = "bf16",
-    ratio: _Ratio = 0.15,
+    ratio: options.Ratio = 0.15,
     eviction: _Eviction = "lru",
     slo: _Slo = "ttft_ms=1000,tpot_ms=50",
-    first: _First = None,
-    scale_rate: _Scale = 1.0,
-    ids: _Ids = "prefix",
-    drop_empty: _Zero = False,
-    overhead_ms: _Overhead = 0.8,
+    first: options.First = None,
+    scale_rate: options.Scale = 1.0,
+    ids: options.Ids = "prefix",
+    drop_empty: options.DropEmpty = False,
+    overhead_ms: options.Overhead = 0.8,
     life: _Life = None,
     trace: _Trace = Path("build/life.json"),
     out: _Out = None,
@@ -85,8 +80,9 @@ def command(
 
     check_writable(out, trace if life is not None else None, snapshot_out)
     check_one_replica(snapshot_out, replicas)
+    catalogue = load_catalogue()
     chosen = _only(candidates(
-        load_catalogue(None), gpus=gpu, n_gpus=str(n_gpus), stages=str(stages), disks=disk,
+        catalogue, gpus=gpu, n_gpus=str(n_gpus), stages=str(stages), disks=disk,
         networks=network, policies=policy, formats=format, weights="bfloat16", routers=router,
         evictions=eviction, dram_gib=None, ratio=ratio, engine={}, overhead_ms=overhead_ms,
     ))  # fmt: skip
@@ -96,6 +92,8 @@ def command(
         zero_output="drop" if drop_empty else "refuse",
     )  # fmt: skip
     _check_row(life, len(table))
+    longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
+    chosen.check_fits(spec, catalogue, longest)
     fleet = chosen.fleet(spec, asked, replicas)
     cost = chosen.cost(spec)
     warm = None
@@ -109,8 +107,7 @@ def command(
         )  # fmt: skip
     cpu_s = process_time() - began_s
     _write_files(result, out, life, trace, snapshot_out)
-    name = f"{replicas} x {chosen.name}" + (f" · {stages} stages" if stages > 1 else "")
-    _report(name, result, cpu_s, table.provenance)
+    _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)
 
 
 def _only(found: Sequence[Candidate]) -> Candidate:

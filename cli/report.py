@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #1b1f24;
        padding: 0 1rem; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e3e6ea; }
-th { position: sticky; top: 0; background: #fff; }
 td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left; }
 tr.tuned { background: #eef7ee; font-weight: 600; }
 .note { color: #57606a; }
@@ -32,6 +32,12 @@ KIND_COLOURS = {
     "head": "#e45756",
     "decode": "#b279a2",
 }
+PALETTE = (
+    "#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2",
+    "#9d755d", "#666", "#eeca3b", "#2f4b7c", "#ff9da6", "#1b9e77",
+)  # fmt: skip
+TITLE_PX = 80
+"""Room above a plot for its title and the buttons of plotly."""
 
 
 def write_report(
@@ -63,8 +69,10 @@ def write_report(
         "<h2>Every policy in every tier</h2>",
         _table(_policy_rows(summary)),
         "<h2>The trained model, timed and scored</h2>",
+        "<p>Shares of right answers: cross, to questions that need what an earlier chunk says; "
+        "local, to the others; n is their number.</p>",
         _table(summary["toy"]),
-        f"<p class=note>{html.escape(str(summary['provenance']))}</p>",
+        f"<p class=note>{html.escape(_origin(summary['provenance']))}</p>",
     ]
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><title>CacheTune demo</title>"
@@ -77,9 +85,13 @@ def _sweep(summary: dict[str, Any]) -> go.Figure:
     """Per tier: the predicted line over the measured points."""
     from plotly.subplots import make_subplots
 
-    tiers = list(dict.fromkeys(r["tier"] for r in summary["sweep"]))
+    tiers = {r["tier"]: r for r in summary["sweep"]}
+    titles = [
+        f"{tier}, limited" if r["limited"] else f"{tier}, rho {r['rho']:.2g}"
+        for tier, r in tiers.items()
+    ]
     columns = 3
-    figure = make_subplots(-(-len(tiers) // columns), columns, subplot_titles=tiers)
+    figure = make_subplots(-(-len(tiers) // columns), columns, subplot_titles=titles)
     for i, tier in enumerate(tiers):
         rows = sorted(
             (r for r in summary["sweep"] if r["tier"] == tier), key=lambda r: r["recompute_ratio"]
@@ -103,7 +115,7 @@ def _sweep(summary: dict[str, Any]) -> go.Figure:
         )
     figure.update_xaxes(title_text="recompute ratio")
     figure.update_yaxes(title_text="TTFT, ms", rangemode="tozero")
-    figure.update_layout(height=600, margin={"t": 40})
+    figure.update_layout(height=640, margin={"t": TITLE_PX})
     return figure
 
 
@@ -128,7 +140,9 @@ def _timelines(traces: dict[str, Timeline]) -> go.Figure:
                 hovertext=f"{kind} layers {span.op.layer_start}-{span.op.layer_stop}",
             )
             seen.add(kind)
-    figure.update_layout(barmode="overlay", height=420, xaxis_title="ms since the request came")
+    figure.update_yaxes(categoryorder="category ascending")
+    figure.update_layout(barmode="overlay", height=420, margin={"t": TITLE_PX})
+    figure.update_xaxes(title_text="ms since the request came")
     return figure
 
 
@@ -139,7 +153,6 @@ def _quality(quality: QualityProfile) -> go.Figure:
     tasks = sorted({r.task for r in quality.rows})
     figure = make_subplots(1, len(tasks), subplot_titles=tasks)
     names = sorted({(r.policy, r.selector) for r in quality.rows})
-    palette = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d", "#666"]
     for i, task in enumerate(tasks):
         for n, (policy, selector) in enumerate(names):
             rows = sorted(
@@ -163,18 +176,20 @@ def _quality(quality: QualityProfile) -> go.Figure:
                 name=f"{policy} {selector}".strip(),
                 legendgroup=f"{policy} {selector}",
                 showlegend=i == 0,
-                line_color=palette[n % len(palette)],
+                line_color=PALETTE[n % len(PALETTE)],
                 row=1,
                 col=i + 1,
             )
     figure.update_yaxes(title_text="score relative to full recompute", range=[-0.02, 1.05])
     figure.update_xaxes(title_text="recompute ratio")
-    figure.update_layout(height=480)
+    figure.update_layout(height=480, margin={"t": TITLE_PX})
     return figure
 
 
 def _div(figure: go.Figure) -> str:
-    text: str = figure.to_html(full_html=False, include_plotlyjs=False)
+    text: str = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displaylogo": False}
+    )
     return text
 
 
@@ -193,7 +208,23 @@ def _confirmed_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _policy_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{**r, "ttft_ms_measured": median(r["ttft_ms_measured"])} for r in summary["rows"]]
+    out = []
+    for row in summary["rows"]:
+        cells = dict(row)
+        measured = cells["ttft_ms_measured"] = median(row["ttft_ms_measured"])
+        rest = {name: cells.pop(name) for name in ("speedup", "quality")}
+        error = (row["ttft_ms_predicted"] - measured) / measured
+        out.append({**cells, "error": f"{100 * error:+.1f} %", **rest})
+    return out
+
+
+def _origin(provenance: dict[str, Any]) -> str:
+    """What made the page, in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    return (
+        f"{provenance['command']}, seed {provenance['seed']}, commit {provenance['commit']}, on "
+        f"{provenance['machine']}, {provenance['date']}; {versions}"
+    )
 
 
 def _table(rows: Sequence[dict[str, Any]], mark: str = "") -> str:
@@ -206,7 +237,7 @@ def _table(rows: Sequence[dict[str, Any]], mark: str = "") -> str:
         style = " class=tuned" if row.get("policy") == "tuned" and not mark else ""
         cells = "".join(f"<td>{html.escape(_text(v))}</td>" for v in row.values())
         lines.append(f"<tr{style}>{cells}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    return f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
 def _text(value: object) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import WorkloadError
+from . import fleet_options as options
 
 if TYPE_CHECKING:
     from ..core.arrivals import Arrivals
@@ -21,12 +22,9 @@ app = command
 
 _File = Annotated[Path, typer.Argument(help="Mooncake, Bailian, Azure, BurstGPT, AIPerf, ours …")]
 _Format = Annotated[str, typer.Option("--format", help="Of the file; auto looks at it.")]
-_First = Annotated[int | None, typer.Option(help="At most so many requests.")]
 _Between = Annotated[str, typer.Option(help="Arrivals from BEGIN:END seconds only.")]
-_Scale = Annotated[float, typer.Option(help="What if requests came so many times as often?")]
 _Zero = Annotated[str, typer.Option(help="Requests without output: refuse or drop.")]
 _Block = Annotated[int | None, typer.Option(help="Tokens of a hashed block, if not the usual.")]
-_Ids = Annotated[str, typer.Option(help="Block hashes name the prefix, or the content alone.")]
 _Rate = Annotated[float | None, typer.Option(help="Poisson arrivals for a file without times.")]
 _Out = Annotated[Path, typer.Option(help="Where the trace is written, JSON lines.")]
 _Seed = Annotated[int, typer.Option(help="Root of every random stream.")]
@@ -44,12 +42,12 @@ _N = Annotated[int, typer.Option("--requests", help="Requests.")]
 def stats(
     file: _File,
     format: _Format = "auto",
-    first: _First = None,
+    first: options.First = None,
     between_s: _Between = "",
-    scale_rate: _Scale = 1.0,
+    scale_rate: options.Scale = 1.0,
     zero_output: _Zero = "refuse",
     block_tokens: _Block = None,
-    ids: _Ids = "prefix",
+    ids: options.Ids = "prefix",
     rate_rps: _Rate = None,
     seed: _Seed = 0,
 ) -> None:
@@ -75,12 +73,12 @@ def convert(
     file: _File,
     out: _Out,
     format: _Format = "auto",
-    first: _First = None,
+    first: options.First = None,
     between_s: _Between = "",
-    scale_rate: _Scale = 1.0,
+    scale_rate: options.Scale = 1.0,
     zero_output: _Zero = "refuse",
     block_tokens: _Block = None,
-    ids: _Ids = "prefix",
+    ids: options.Ids = "prefix",
     rate_rps: _Rate = None,
     seed: _Seed = 0,
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import tune_fleet
 
@@ -24,12 +25,8 @@ CHUNK_TOKENS = 128
 SUFFIX_TOKENS = 32
 OUTPUT_TOKENS = 8
 
-_Profile = Annotated[
-    Path | None, typer.Option(help="Profile of the machine, from `calibrate`. Required.")
-]
-_Tier = Annotated[
-    str | None, typer.Option(help="Where the chunks lie; several, joined by commas. Required.")
-]
+_Profile = Annotated[Path, typer.Option(help="Profile of the machine, from `calibrate`.")]
+_Tier = Annotated[str, typer.Option(help="Where the chunks lie; several, joined by commas.")]
 _Out = Annotated[Path, typer.Option(help="Write the plan here.")]
 _Workload = Annotated[Path | None, typer.Option(help="Workload; without it, one is generated.")]
 _Trials = Annotated[int, typer.Option(min=1, help="Plans to sample in the simulator.")]
@@ -46,15 +43,27 @@ _Repeats = Annotated[int, typer.Option(min=1, help="Measured repeats of each con
 _Device = Annotated[str, typer.Option(help="Of --confirm: cpu, cuda or cuda:<i>.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 
-command = typer.Typer()
+
+class _Tune(TyperGroup):
+    """Its own options are those of a plan: they are required unless a sub-command follows."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.resilient_parsing = bool(args) and args[0] in self.commands
+        try:
+            return super().parse_args(ctx, args)
+        finally:
+            ctx.resilient_parsing = False
+
+
+command = typer.Typer(cls=_Tune)
 command.command("fleet")(tune_fleet.command)
 
 
 @command.callback(invoke_without_command=True)
 def plan(
     context: typer.Context,
-    profile: _Profile = None,
-    tier: _Tier = None,
+    profile: _Profile,
+    tier: _Tier,
     out: _Out = Path("plan.json"),
     workload: _Workload = None,
     trials: _Trials = 200,
@@ -70,9 +79,6 @@ def plan(
     """Find the fastest plan that keeps the quality floor, on the simulated machine."""
     if context.invoked_subcommand is not None:
         return
-    if profile is None or tier is None:
-        missing = "--profile" if profile is None else "--tier"
-        raise typer.BadParameter(f"a plan is tuned for a machine: missing option '{missing}'")
     from ..core.hardware import HardwareProfile
     from ..core.quality import QualityProfile
     from ..core.record import check_writable

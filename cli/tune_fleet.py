@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import CacheTuneError
+from . import fleet_options as options
 
 if TYPE_CHECKING:
     from ..tuner.trace_study import Space, StudyQuestion
@@ -17,26 +18,12 @@ if TYPE_CHECKING:
 _File = Annotated[
     str, typer.Argument(metavar="TRACE", help="A trace, or traffic as of `cachetune whatif`.")
 ]
-_Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
-_Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms= and share= of requests that keep it.")]
-_Gpu = Annotated[str, typer.Option(help="GPUs, by commas: `cachetune catalogue list`.")]
 _Counts = Annotated[str, typer.Option(help="GPUs per replica (tensor parallel), by commas.")]
 _Replicas = Annotated[str, typer.Option(help="Fewest and most replicas: LOW,HIGH.")]
-_Disk = Annotated[str, typer.Option(help="Disks, by commas; none for none.")]
-_Network = Annotated[str, typer.Option(help="Networks to a shared store, by commas; none.")]
 _Dram = Annotated[str, typer.Option(help="DRAM of a host, GiB, by commas.")]
-_Policy = Annotated[str, typer.Option(help="Policies, by commas.")]
-_Format = Annotated[str, typer.Option(help="Stored formats, by commas: bf16, int8, int4, int2.")]
-_Eviction = Annotated[str, typer.Option(help="By commas: lru, lfu, cost, belady (a bound).")]
-_Router = Annotated[
-    str,
-    typer.Option(help="By commas: round_robin, least_load, prefix_affinity, chunk_affinity."),
-]
 _Batch = Annotated[str, typer.Option(help="max_num_batched_tokens of the engine, by commas.")]
 _Rate = Annotated[float | None, typer.Option(help="Requests per second; default the trace's own.")]
 _Requests = Annotated[int | None, typer.Option(min=20, help="At most so many requests.")]
-_Ids = Annotated[str, typer.Option(help="Block hashes name the prefix, or the content alone.")]
-_Zero = Annotated[bool, typer.Option(help="Leave out a trace's requests without output.")]
 _Trials = Annotated[int, typer.Option(min=1, help="Fleets to simulate.")]
 _Workers = Annotated[int, typer.Option(min=1, help="Processes; the result is the same.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
@@ -52,23 +39,23 @@ DEFAULT_REQUESTS = 5000
 
 def command(
     trace: _File,
-    model: _Model = "Llama-3.1-8B",
-    slo: _Slo = "ttft_ms=2000,tpot_ms=50,share=0.99",
-    gpu: _Gpu = "A100-SXM-80GB,H100-SXM,L40S",
+    model: options.Model = "Llama-3.1-8B",
+    slo: options.Slo = "ttft_ms=2000,tpot_ms=50,share=0.99",
+    gpu: options.Gpus = "A100-SXM-80GB,H100-SXM,L40S",
     n_gpus: _Counts = "1",
     replicas: _Replicas = "1,16",
-    disk: _Disk = "nvme-gen4,sata-ssd",
-    network: _Network = "none,25g-rdma,100g-rdma",
+    disk: options.Disks = "nvme-gen4,sata-ssd",
+    network: options.Networks = "none,25g-rdma,100g-rdma",
     dram_gib: _Dram = "64,128,256,512",
-    policy: _Policy = "prefix_cache,cachetune",
-    format: _Format = "bf16,int8,int4",
-    eviction: _Eviction = "lru,lfu,cost",
-    router: _Router = "round_robin,least_load,prefix_affinity,chunk_affinity",
+    policy: options.Policies = "prefix_cache,cachetune",
+    format: options.Formats = "bf16,int8,int4",
+    eviction: options.Evictions = "lru,lfu,cost",
+    router: options.Routers = "round_robin,least_load,prefix_affinity,chunk_affinity",
     batch: _Batch = "2048,4096,8192,16384",
     rate_rps: _Rate = None,
     requests: _Requests = None,
-    ids: _Ids = "prefix",
-    drop_empty: _Zero = False,
+    ids: options.Ids = "prefix",
+    drop_empty: options.DropEmpty = False,
     trials: _Trials = 200,
     workers: _Workers = 1,
     seed: _Seed = 0,

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import fleet_options as options
+
 if TYPE_CHECKING:
     from ..tuner.question import Question
 
-_Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
 _Traffic = Annotated[
     str,
     typer.Option(
@@ -18,25 +19,13 @@ _Traffic = Annotated[
         "chat:rate=,turns=,system=,systems=,message=,output=,think=,cv=."
     ),
 ]
-_Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms= and share= of requests that keep it.")]
-_Gpu = Annotated[str, typer.Option(help="GPUs, by commas: `cachetune catalogue list`.")]
 _Counts = Annotated[
     str,
     typer.Option(help="GPUs of a replica, or of each of its stages (tensor parallel), by commas."),
 ]
 _Stages = Annotated[str, typer.Option(help="Pipeline stages of a replica, by commas.")]
-_Disk = Annotated[str, typer.Option(help="Disks, by commas; none for none.")]
-_Network = Annotated[str, typer.Option(help="Networks to a shared store, by commas; none.")]
-_Policy = Annotated[str, typer.Option(help="Policies, by commas.")]
-_Format = Annotated[str, typer.Option(help="Stored formats, by commas: bf16, int8, int4, int2.")]
 _Weights = Annotated[str, typer.Option(help="Weights, by commas: bfloat16, fp8.")]
-_Router = Annotated[
-    str,
-    typer.Option(help="By commas: round_robin, least_load, prefix_affinity, chunk_affinity."),
-]
-_Eviction = Annotated[str, typer.Option(help="By commas: lru, lfu, cost, belady (a bound).")]
 _Dram = Annotated[float | None, typer.Option(help="DRAM of the host, GiB; default of the row.")]
-_Ratio = Annotated[float, typer.Option(help="Recompute ratio of cacheblend and cachetune.")]
 _Target = Annotated[
     float | None, typer.Option(help="Requests per second to carry; default the traffic's own.")
 ]
@@ -53,29 +42,26 @@ _Price = Annotated[list[str] | None, typer.Option(help="NAME=USD_PER_H. Repeatab
 _Batch = Annotated[int, typer.Option(min=1, help="max_num_batched_tokens of the engine.")]
 _SeqS = Annotated[int, typer.Option(min=1, help="max_num_seqs of the engine.")]
 _Memory = Annotated[float, typer.Option(help="gpu_memory_utilization of the engine.")]
-_Overhead = Annotated[float, typer.Option(min=0, help="Host time per engine step, ms.")]
-_Ids = Annotated[str, typer.Option(help="Block hashes of a trace: prefix, or content.")]
-_Zero = Annotated[bool, typer.Option(help="Leave out a trace's requests without output.")]
 _Fresh = Annotated[bool, typer.Option(help="Begin again; else what --out holds is taken.")]
 _Out = Annotated[Path, typer.Option(help="Folder of table, JSON, page and journal.")]
 
 
 def command(
-    model: _Model = "Llama-3.1-8B",
+    model: options.Model = "Llama-3.1-8B",
     traffic: _Traffic = "rag:",
-    slo: _Slo = "ttft_ms=1000,tpot_ms=50,share=0.99",
-    gpu: _Gpu = "H100-SXM,L40S",
+    slo: options.Slo = "ttft_ms=1000,tpot_ms=50,share=0.99",
+    gpu: options.Gpus = "H100-SXM,L40S",
     n_gpus: _Counts = "1",
     stages: _Stages = "1",
-    disk: _Disk = "nvme-gen4",
-    network: _Network = "none",
-    policy: _Policy = "full_recompute,prefix_cache,cachetune",
-    format: _Format = "bf16",
+    disk: options.Disks = "nvme-gen4",
+    network: options.Networks = "none",
+    policy: options.Policies = "full_recompute,prefix_cache,cachetune",
+    format: options.Formats = "bf16",
     weights: _Weights = "bfloat16",
-    router: _Router = "least_load",
-    eviction: _Eviction = "lru",
+    router: options.Routers = "least_load",
+    eviction: options.Evictions = "lru",
     dram_gib: _Dram = None,
-    ratio: _Ratio = 0.15,
+    ratio: options.Ratio = 0.15,
     target_rps: _Target = None,
     what_if: _WhatIf = None,
     seeds: _Seeds = 5,
@@ -88,9 +74,9 @@ def command(
     max_num_batched_tokens: _Batch = 8192,
     max_num_seqs: _SeqS = 256,
     gpu_memory_utilization: _Memory = 0.9,
-    overhead_ms: _Overhead = 0.8,
-    ids: _Ids = "prefix",
-    drop_empty: _Zero = False,
+    overhead_ms: options.Overhead = 0.8,
+    ids: options.Ids = "prefix",
+    drop_empty: options.DropEmpty = False,
     fresh: _Fresh = False,
     out: _Out = Path("build/whatif"),
 ) -> None:

@@ -235,6 +235,9 @@ const plot = (id, traces, form) => Plotly.react(id, traces, form, { responsive: 
 // Colour is the policy, the symbol the machine; a policy has one entry in the legend.
 const LOG = { type: "log", dtick: "D2", tickformat: "~g" };
 const labelOf = (row) => NARROW ? row.name.replace(" · ", "<br>") : row.name;
+const shapesOf = (rows) => values("machine").length < 2 ? [] : [...new Set(rows.map((r) => r.machine))].map((m) => ({
+  type: "scatter", mode: "markers", x: [null], y: [null], name: m, legendgroup: m, hoverinfo: "skip",
+  marker: { color: "#57606a", symbol: values("machine").indexOf(m) } }));
 const legendOf = (row, traces) => ({ name: row.policy, legendgroup: row.policy,
   showlegend: !traces.some((t) => t.legendgroup === row.policy) });
 
@@ -277,7 +280,7 @@ function drawPareto(rows) {
     });
   }
   const front = frontOf(all);
-  traces.push({ type: "scatter", mode: "lines", name: "Pareto front", legendgroup: "front", x: front.map((p) => p.usd_per_mtok),
+  traces.push(...shapesOf(rows), { type: "scatter", mode: "lines", name: "Pareto front", legendgroup: "front", x: front.map((p) => p.usd_per_mtok),
     y: front.map((p) => p.ttft_ms_p99), line: { color: "#1b1f24", width: 1, shape: "hv" }, hoverinfo: "skip" });
   plot("pareto", traces, layout("Cost against TTFT p99|runs that keep the level, Pareto front", "$ per million tokens",
     "TTFT p99, ms", { xaxis: LOG, yaxis: LOG }));
@@ -296,8 +299,9 @@ function drawLevel(rows) {
       hovertemplate: "%{x:.3g} req/s: %{y:.1f} %<br>%{text}<extra>" + row.name + "</extra>",
     });
   }
+  traces.push(...shapesOf(rows));
   const level = 100 * answer.question.attainment;
-  plot("level", traces, layout("Requests that keep the level|every run", "requests per second", "%",
+  plot("level", traces, layout("Requests that keep the level|every run", "requests per second", "% of requests",
     { xaxis: LOG, rest: { shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1,
       y0: level, y1: level, line: { dash: "dot", color: "#57606a" } }] } }));
 }

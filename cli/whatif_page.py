@@ -17,28 +17,30 @@ def page(answer: dict[str, Any]) -> str:
     script = folder.joinpath("whatif_page.js").read_text(encoding="utf-8")
     data = json.dumps(answer, allow_nan=False).replace("</", "<\\/")  # would end the script
     question = answer["question"]
-    traffic = ", ".join(f"{k} {v}" for k, v in answer["traffic"].items())
+    traffic, runs = answer["traffic"], answer["runs"]
+    source = traffic.get("file") or traffic.get("generator") or "traffic"
     about = (
-        f"{question['model']['name']} · {traffic} · runs of "
-        f"{answer['runs']['horizon_s']:g} s, the first "
-        f"{100 * answer['runs']['warm_share']:g} % to warm the caches · "
-        f"{len(question['seeds'])} seeds · simulated by CacheTune {answer['version']}"
+        f"{source} · runs of {runs['horizon_s']:g} s, {runs['min_requests']:,} requests or more, "
+        f"the first {100 * runs['warm_share']:g} % to warm the caches · at most "
+        f"{len(question['seeds'])} samples · simulated by CacheTune {answer['version']}"
     )
+    whole = ", ".join(f"{k} {v}" for k, v in traffic.items())
     assumptions = "".join(f"<li>{html.escape(a)}" for a in answer["assumptions"])
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>CacheTune: what if</title>
 <style>{style}</style><body>
-<p class="what">{html.escape(about)}</p>
 <h1 id="sentence">{html.escape(answer["sentence"])}</h1>
 <p class="aside">{html.escape(answer["aside"])}</p>
 <div class="cards" id="cards"></div>
+<p class="what">{html.escape(about)}</p>
 <div class="filters" id="filters"></div>
 <label class="target" id="target"><input type="range" id="rate"> <span id="says"></span></label>
 <div class="scroll"><table id="rows"></table></div>
 <div class="plots"><div class="plot" id="capacity"></div><div class="plot" id="pareto"></div>
 <div class="plot" id="level"></div>
 <div id="what-if"><div class="plot" id="whatif"></div><ul class="note" id="cannot"></ul></div></div>
-<h2>Where the numbers come from</h2><p class="note" id="of"></p>
+<h2>Where the numbers come from</h2><p class="note">Traffic: {html.escape(whole)}</p>
+<p class="note" id="of"></p>
 <div class="scroll"><table id="memory"></table></div>
 <div class="scroll"><table id="provenance"></table></div>
 <h2>Assumed</h2><ul class="note">{assumptions}</ul>

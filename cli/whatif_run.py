@@ -131,7 +131,7 @@ def _assumptions() -> list[str]:
         "the best is the cheapest at the unfavourable end of its interval; replicas to be sure are "
         "for kernels at their slow end and traffic at its hard end",
         "a rate squeezes the arrivals of a trace, bursts included; the queue of a rate that is "
-        "carried grows by at most 5 % of the time",
+        "carried grows by at most 5 % of the time, in the mean of all samples",
         "dollars per million tokens count prompt and output together",
         "a pipeline's stages have equally many layers and are never idle; memory is that of the "
         "first or last, with the embedding or the head",

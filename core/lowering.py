@@ -193,7 +193,8 @@ class _Lowering:
         for stage in range(self.plan.pipeline_stages):
             groups = [group for group in self.groups if group.stage == stage]
             ops += [self._chunk_load(ordinal, groups) for ordinal in sorted(loaded)]
-        return [op for op in ops if op.n_tokens]
+        # Not by rows: a few in some layers only are less than one per layer.
+        return [op for op in ops if op.n_bytes]
 
     def _chunk_load(self, ordinal: int, groups: Sequence[_Group]) -> Op:
         whole = _Group(groups[0].start, groups[-1].stop, groups[0].stage)

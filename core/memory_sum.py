@@ -32,7 +32,8 @@ CONTEXT_BYTES = int(0.35 * GIB)
 GRAPH_BYTES = int(0.73 * GIB)
 """86 CUDA graphs: vllm-project/vllm#39559; counted by vLLM since 0.21."""
 NCCL_BYTES = 358612992
-"""Buffers of a tensor-parallel group: aiconfigurator systems/*.yaml @095f58a, nccl_mem."""
+"""Buffers of a tensor-parallel group: aiconfigurator systems/*.yaml @095f58a, nccl_mem. Stages of a
+pipeline talk in a group of their own, assumed to have as much; nobody was seen to measure it."""
 
 
 class EngineMemory(Record):
@@ -97,14 +98,23 @@ def measured_blocks() -> tuple[MeasuredBlocks, ...]:
 
 
 def memory_sum(
-    model: ModelSpec, gpu: GpuRow, n_gpus: int = 1, engine: EngineMemory | None = None
+    model: ModelSpec,
+    gpu: GpuRow,
+    n_gpus: int = 1,
+    engine: EngineMemory | None = None,
+    *,
+    staged: bool = False,
 ) -> MemorySum:
-    """What a group of `n_gpus` has for KV; `n_blocks` is 0 or less where nothing is left."""
+    """What a group of `n_gpus` has for KV; `n_blocks` is 0 or less where nothing is left.
+
+    Args:
+        staged: whether the group is a stage of a pipeline, which `model` is what it holds of.
+    """
     engine = engine or EngineMemory()
-    items = _items(model, gpu.memory_bytes, n_gpus, engine)
+    items = _items(model, gpu.memory_bytes, n_gpus, engine, staged)
     kv_bytes = sum(item.n_bytes for item in items)
     n_blocks = kv_bytes // _block_bytes(model, n_gpus, engine)
-    for row in measured_blocks():
+    for row in () if staged else measured_blocks():
         if _same(row, model, gpu, n_gpus, engine):
             return MemorySum(
                 items=items,
@@ -125,13 +135,15 @@ def check_fits(
     engine: EngineMemory,
     catalogue: Catalogue,
     min_tokens: int = 1,
+    *,
+    staged: bool = False,
 ) -> MemorySum:
     """The sum, where it holds at least `min_tokens` (the longest request).
 
     Raises:
         CapacityError: by how much it does not, and what would.
     """
-    found = memory_sum(model, gpu, n_gpus, engine)
+    found = memory_sum(model, gpu, n_gpus, engine, staged=staged)
     if found.kv_tokens >= min_tokens:
         return found
     need = -(-min_tokens // engine.block_tokens) * _block_bytes(model, n_gpus, engine)
@@ -140,12 +152,12 @@ def check_fits(
         f"{what} with KV for {min_tokens} tokens",
         values=f"{model.name} in {engine.weights} on {n_gpus} x {gpu.name}, "
         f"{(need - found.kv_bytes) / GIB:.1f} GiB short per GPU",
-        remedy=_what_fits(model, gpu, n_gpus, engine, catalogue, min_tokens),
+        remedy=_what_fits(model, gpu, n_gpus, engine, catalogue, min_tokens, staged),
     )
 
 
 def _items(
-    model: ModelSpec, memory: Figure, n_gpus: int, engine: EngineMemory
+    model: ModelSpec, memory: Figure, n_gpus: int, engine: EngineMemory, staged: bool
 ) -> tuple[MemoryItem, ...]:
     total = int(memory.value)
     items = [MemoryItem(what="memory", n_bytes=total, kind=memory.kind, source=memory.source)]
@@ -188,11 +200,12 @@ def _items(
         items.append(
             MemoryItem(what="CUDA graphs", n_bytes=-GRAPH_BYTES, kind="measured", source=where)
         )
-    if n_gpus > 1:
+    n_groups = (n_gpus > 1) + staged
+    if n_groups:
         where = "aiconfigurator systems/*.yaml @095f58a, nccl_mem"
-        items.append(
-            MemoryItem(what="NCCL buffers", n_bytes=-NCCL_BYTES, kind="assumed", source=where)
-        )
+        where += "; of stages assumed the same" if staged else ""
+        n_bytes = -NCCL_BYTES * n_groups
+        items.append(MemoryItem(what="NCCL buffers", n_bytes=n_bytes, kind="assumed", source=where))
     return tuple(items)
 
 
@@ -227,10 +240,11 @@ def _what_fits(
     engine: EngineMemory,
     catalogue: Catalogue,
     min_tokens: int,
+    staged: bool,
 ) -> str:
     def fits(row: GpuRow, n: int, e: EngineMemory) -> bool:
         divides = model.n_heads % n == 0 and model.intermediate_size % n == 0
-        return divides and memory_sum(model, row, n, e).kv_tokens >= min_tokens
+        return divides and memory_sum(model, row, n, e, staged=staged).kv_tokens >= min_tokens
 
     found = []
     for weights in ("fp8", "int4"):

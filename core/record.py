@@ -162,6 +162,23 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         raise _not_writable(path, e) from None
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """One more line of a file that grows while something is measured; what is there stays.
+
+    Raises:
+        CacheTuneError: no permission, no space.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
+    except OSError as e:
+        raise CacheTuneError(
+            "the output file must be writable",
+            values=f"{path}: {e.strerror}",
+            remedy="free space and run again: what is written is kept",
+        ) from None
+
+
 def check_writable(*paths: str | Path | None) -> None:
     """Refuse outputs that cannot be written before the work for them is done; None is skipped.
 
@@ -179,7 +196,7 @@ def check_writable(*paths: str | Path | None) -> None:
                 continue
             there = next(p for p in target.parents if p.exists())
             with tempfile.TemporaryDirectory(dir=there, prefix=TEMP_PREFIX) as folder:
-                Path(folder, target.name).touch()
+                Path(folder, target.name).write_bytes(bytes(4096))
         except OSError as e:
             raise _not_writable(path, e) from None
 

@@ -23,22 +23,25 @@ Action = Callable[[], tuple[Tensor, ...]]
 MASK_ELEMENTS_MAX = 1 << 28
 """Dense masks grow with queries x keys; beyond this one alone is 256 MiB."""
 COMPILED_QUERIES = 512
+FLEX = "flex_attention, positions"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One rival. `same`: it computes the case's result; else `work` is its own bytes and flops."""
+    """One rival. `same`: it computes the case's result; else `work` is its own bytes and flops.
+    `compiled`: by PyTorch's compiler, which takes its time and may round otherwise."""
 
     prepare: Callable[[Inputs], Action]
     same: bool = True
     work: tuple[int, int] | None = None
+    compiled: bool = False
 
 
-def peers_of(case: KernelCase, device: str) -> dict[str, Peer]:
+def peers_of(case: KernelCase, device: str, *, compiled: bool = True) -> dict[str, Peer]:
     """Peers of a case that can run on `device`, by name."""
-    on_gpu = device.startswith("cuda")
     moved = Peer(lambda x: _copy(case.bytes // 2, device), same=False, work=(case.bytes, 0))
-    found = BY_KERNEL[case.kernel](case, on_gpu)
+    found = BY_KERNEL[case.kernel](case, device.startswith("cuda"))
+    found = {name: peer for name, peer in found.items() if compiled or not peer.compiled}
     return {**found, "copy of as many bytes": moved}
 
 
@@ -56,9 +59,9 @@ def _sparse(case: KernelCase, on_gpu: bool) -> dict[str, Peer]:
     found = {}
     if n_q * n_keys <= MASK_ELEMENTS_MAX:
         found["sdpa, dense mask"] = Peer(_sdpa_mask)
+    found[FLEX] = Peer(_flex, compiled=True)
+    found["torch.compile of the reference"] = Peer(_compiled_attention, compiled=True)
     if on_gpu:
-        found["flex_attention, positions"] = Peer(_flex)
-        found["torch.compile of the reference"] = Peer(_compiled_attention)
         flops = 2 * case.shapes["head_dim"] * case.shapes["heads"] * n_keys * (n_keys + 1)
         if n_keys <= 1 << 16:
             found["sdpa cuDNN, all queries"] = Peer(_cudnn_full, same=False, work=(0, flops))
@@ -176,9 +179,9 @@ def _compiled_attention(x: Inputs) -> Action:
 
 def _restore(case: KernelCase, on_gpu: bool) -> dict[str, Peer]:
     found = {"plain torch, index_copy_": Peer(lambda x: _on_rows(x, _restore_plain))}
+    made = torch.compile(_restore_plain)
+    found["torch.compile of plain torch"] = Peer(lambda x: _on_rows(x, made), compiled=True)
     if on_gpu:
-        compiled = torch.compile(_restore_plain)
-        found["torch.compile of plain torch"] = Peer(lambda x: _on_rows(x, compiled))
         found["our reference, eager"] = Peer(lambda x: lambda: _restore_eager(x))
     return found
 
@@ -225,24 +228,22 @@ def _pack(case: KernelCase, on_gpu: bool) -> dict[str, Peer]:
         found = packing.pack(**x)
         return found.codes, found.scale, found.zero
 
-    if not on_gpu:  # it is what runs: nothing to hold it against
-        return {}
-    compiled = torch.compile(eager)
-    return {
-        "torch, eager": Peer(lambda x: lambda: eager(x)),
-        "torch.compile of the reference": Peer(lambda x: lambda: compiled(x)),
-    }
+    made = torch.compile(eager)
+    found = {"torch.compile of the reference": Peer(lambda x: lambda: made(x), compiled=True)}
+    if on_gpu:  # elsewhere it is what runs: nothing to hold it against
+        found["torch, eager"] = Peer(lambda x: lambda: eager(x))
+    return found
 
 
 def _deviation(case: KernelCase, on_gpu: bool) -> dict[str, Peer]:
     def norm(x: Inputs) -> tuple[Tensor, ...]:
         return ((x["k_new"].float() - x["k_old"].float()).square().flatten(1).sum(1),)
 
-    peers = {"torch, eager": Peer(lambda x: lambda: norm(x))}
-    if on_gpu:
-        compiled = torch.compile(norm)
-        peers["torch.compile of the reference"] = Peer(lambda x: lambda: compiled(x))
-    return peers
+    made = torch.compile(norm)
+    return {
+        "torch, eager": Peer(lambda x: lambda: norm(x)),
+        "torch.compile of the reference": Peer(lambda x: lambda: made(x), compiled=True),
+    }
 
 
 def _decode(case: KernelCase, on_gpu: bool) -> dict[str, Peer]:

@@ -87,6 +87,7 @@ def _sparse() -> list[KernelCase]:
     base = {"n_q": 4096, "n_keys": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128}
     small = {"n_q": 19, "n_keys": 150, "heads": 6, "kv_heads": 2, "head_dim": 64}
     holed = {"n_keys": 1000, "holes": True}
+    long = {"n_q": 2, "n_keys": 134000, "heads": 2, "kv_heads": 1, "head_dim": 64}
     full = partial(_case, "sparse_attention", dtype="bfloat16", expects="wide_mma vector pipelined")
     narrow = partial(_case, "sparse_attention", dtype="bfloat16", expects="mma vector pipelined")
     tiny = partial(_case, "sparse_attention", tiny=True)
@@ -116,6 +117,7 @@ def _sparse() -> list[KernelCase]:
         tiny(label="d128_split", dtype="float32", shapes=small | {"n_q": 2, "n_keys": 700}),
         tiny(label="d256", dtype="float16", shapes=small | {"n_q": 5, "head_dim": 256}),
         tiny(label="d64_one", dtype="float32", shapes=small | {"n_q": 1}),
+        tiny(label="d64_128k_keys", dtype="float16", shapes=long),
     ]
 
 

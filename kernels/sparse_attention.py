@@ -46,17 +46,17 @@ def _visit(
 ):  # fmt: skip
     """Online softmax over key blocks ``first .. last``; MASKED compares positions.
 
-    With HOLES they are places in ``lists``, and MASKED looks at the keys' bits as well; its places
-    go on ``by`` further from ``gap`` on, and by ``by_2`` again from ``gap_2`` on.
+    MASKED goes on ``by`` blocks further from ``gap`` on, and by ``by_2`` again from ``gap_2`` on.
+    With HOLES these are places in ``lists`` of blocks, and MASKED looks at the keys' bits as well.
     """
     in_block = tl.arange(0, BLOCK_N)
     channel = tl.arange(0, D_PAD)
     for place in range(first, last):
         block = place
+        if MASKED and (WINDOWED or HOLES):
+            block += tl.where(place >= gap, by, 0) + tl.where(place >= gap_2, by_2, 0)
         if HOLES:
-            if MASKED:
-                place += tl.where(place >= gap, by, 0) + tl.where(place >= gap_2, by_2, 0)
-            block = tl.load(lists + place)
+            block = tl.load(lists + block)
         key = block * BLOCK_N + in_block
         k_ptr = k_head + key[None, :] * stride_n + channel[:, None]
         v_ptr = v_head + key[:, None] * stride_n + channel[None, :]
@@ -151,10 +151,9 @@ def sparse_attention_kernel(
         full_begin = tl.load(before_ptr + full_begin)
         full_end = tl.load(before_ptr + full_end)
     elif WINDOWED:
-        acc, row_max, row_sum = _visit(
-            acc, row_max, row_sum, q, k_head, v_head, begin, full_begin, limit, floor, key_end,
-            stride_n, scale_log2, True, WINDOWED, BLOCK_N, D, D_PAD, PRECISION,
-        )  # fmt: skip
+        # The window's edge and the diagonal in one loop: a third one takes registers to the limit.
+        first, gap, by = begin, full_begin, full_end - full_begin
+        last = end - by
     acc, row_max, row_sum = _visit(
         acc, row_max, row_sum, q, k_head, v_head, full_begin, full_end, limit, floor, key_end,
         stride_n, scale_log2, False, WINDOWED, BLOCK_N, D, D_PAD, PRECISION,

@@ -24,9 +24,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "llama-tiny": dict(n=4, hidden=128, heads=4, kv=2, ffn=256, vocab=512),
     "llama-10m": dict(n=8, hidden=256, heads=8, kv=4, ffn=768, vocab=4096),
     "llama-25m": dict(n=10, hidden=384, heads=6, kv=2, ffn=1152, vocab=4096),
-    "llama-100m": dict(n=12, hidden=768, heads=12, kv=4, ffn=2304, vocab=4096),
+    "llama-110m": dict(n=12, hidden=768, heads=12, kv=4, ffn=3072, vocab=8192),
 }
-"""Shapes with random weights: TTFT does not depend on weights."""
+"""Shapes with random weights: TTFT does not depend on weights. The last has 110 million of them."""
 
 
 @dataclass(frozen=True)

@@ -69,18 +69,21 @@ def serve_trace(
     """
     table.check()
     _check_fits(table, fleet)
-    run = _Run(table, fleet, cost, progress, watch)
-    if snapshot is not None:
-        run.stores.fill(snapshot)
     with _without_collector():
+        run = _Run(table, fleet, cost, progress, watch)
+        if snapshot is not None:
+            run.stores.fill(snapshot)
         run.serve()
-    run.check()
-    return run.result(seed)
+        run.check()
+        result = run.result(seed)
+        run.let_go()
+        del run
+    return result
 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Nothing here is freed by the cycle collector, whose walks would cost a quarter of the run."""
+    """Nothing here is left to the cycle collector, whose walks would cost a quarter of the run."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -181,6 +184,11 @@ class _Run:
         for replica in self.replicas:
             replica.blocks.check()
         self.stores.check(END_OF_TIME)
+
+    def let_go(self) -> None:
+        """Break the cycles (replicas and loads know their host), so that memory is free at once
+        and the collector, when it is back, has nothing to walk through."""
+        vars(self).clear()
 
     # -- the loop ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import repeat
 
 from ..core.errors import InvariantViolation
-from .serving_eviction import Lru
+from .serving_lru import Lru
 
 ENDLESS = 1 << 60
 
@@ -29,9 +29,9 @@ class KvBlocks:
         self.fresh = self.n_blocks
         """Blocks of no extent: taken first."""
         self.users: dict[int, int] = {}
-        """Requests that hold a named extent; 1 while it queues, as the next one sets it anew."""
+        """Requests that hold a named extent, where they are several."""
         self.size_of: dict[int, int] = {}
-        """Blocks of every extent that is named or queues."""
+        """Blocks of every extent that is named or queues: a chunk that is here is cached."""
         self.idle = Lru()
         self.next_key = -1
 
@@ -46,7 +46,6 @@ class KvBlocks:
         sizes = self.size_of
         victims, freed = self.idle.pop(n, sizes)
         deque(map(sizes.pop, victims), 0)
-        deque(map(self.users.pop, victims, repeat(None)), 0)
         if freed > n:  # a chunk's extent has lost its name; one without may still be reclaimed
             last = victims[-1]
             if last < 0:
@@ -62,10 +61,10 @@ class KvBlocks:
 
     def prefix(self, keys: Sequence[int]) -> int:
         """How many of the first `keys` are cached."""
-        users = self.users
+        cached = self.size_of
         n = 0
         for key in keys:
-            if key not in users:
+            if key not in cached:
                 break
             n += 1
         return n
@@ -82,22 +81,21 @@ class KvBlocks:
                 self.idle.remove(key)
                 self.n_free -= self.size_of[key]
             else:
-                self.users[key] += 1
+                self.users[key] = self.users.get(key, 1) + 1
 
     def name(self, keys: list[int], sizes: Sequence[int]) -> list[int]:
         """Name blocks that one request holds; the keys it holds them by.
 
         Where another extent has the name already, they get one that nobody looks for.
         """
-        users, size_of = self.users, self.size_of
-        fresh = dict.fromkeys(keys, 1)
-        if len(fresh) < len(keys) or not users.keys().isdisjoint(keys):
+        cached = self.size_of
+        fresh = dict(zip(keys, sizes, strict=True))
+        if len(fresh) < len(keys) or not cached.keys().isdisjoint(keys):
             fresh = {}
-            for key in keys:
-                fresh[self.new_key() if key in users or key in fresh else key] = 1
+            for key, n in zip(keys, sizes, strict=True):
+                fresh[self.new_key() if key in cached or key in fresh else key] = n
             keys = [*fresh]
-        users.update(fresh)
-        size_of.update(zip(keys, sizes, strict=True))
+        cached.update(fresh)
         return keys
 
     def give_back(self, keys: Sequence[int], n_private: int, private_key: int) -> None:
@@ -108,10 +106,14 @@ class KvBlocks:
             self.idle.add((private_key,))
             self.n_free += n_private
         gone = keys[::-1]
-        counts = [*map(users.__getitem__, gone)]
-        if counts.count(1) < len(counts):
-            users.update([(k, n - 1) for k, n in zip(gone, counts, strict=True) if n > 1])
-            gone = [k for k, n in zip(gone, counts, strict=True) if n == 1]
+        if users and not users.keys().isdisjoint(gone):
+            others = [*map(users.get, gone, repeat(1))]
+            for key, n in zip(gone, others, strict=True):
+                if n > 2:
+                    users[key] = n - 1
+                elif n == 2:
+                    del users[key]
+            gone = [key for key, n in zip(gone, others, strict=True) if n == 1]
         self.idle.add(gone)
         self.n_free += sum(map(sizes.__getitem__, gone))
 

@@ -62,12 +62,10 @@ class Columns:
         """As arrays. `names` are the chunks behind the tiers' keys."""
         n = len(self.table)
         specs = self.fleet.replica.tiers
-        snapshot = {}
-        for i, spec in enumerate(specs):
-            states = [tiers[0].tiers[i]] if spec.shared else [t.tiers[i] for t in tiers]
-            snapshot[spec.name] = [
-                names[np.array(s.order.coldest_first(), np.int64)] for s in states
-            ]
+        orders = {
+            spec.name: [t.tiers[i].order for t in (tiers[:1] if spec.shared else tiers)]
+            for i, spec in enumerate(specs)
+        }
         states_of = [{id(t.tiers[i]): t.tiers[i] for t in tiers} for i in range(len(specs))]
         written = [sum(s.written_bytes for s in states.values()) for states in states_of]
         dropped = [sum(s.dropped_bytes for s in states.values()) for states in states_of]
@@ -93,7 +91,8 @@ class Columns:
             n_steps=sum(r.n_steps for r in replicas),
             n_events=n_events,
             area_ns=self.area_ns,
-            snapshot=snapshot,
+            names=names,
+            orders=orders,
             spans={row: tuple(found) for row, found in spans.items()},
         )
 

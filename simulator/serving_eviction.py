@@ -7,19 +7,22 @@ of the trace, and bounds what any policy can reach.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
-from itertools import accumulate, repeat
+from itertools import accumulate, compress, repeat
 from math import inf
+from operator import eq
 from typing import Any, Protocol
 
-from ..core.errors import InvariantViolation
+import numpy as np
+from numpy.typing import NDArray
+
+from .serving_lru import Lru, Sizes, check_enough
 
 NEVER = 1 << 60
-Sizes = Sequence[int] | dict[int, int]
-"""By key."""
 
 
 class Order(Protocol):
@@ -37,116 +40,6 @@ class Order(Protocol):
         ...
 
     def coldest_first(self) -> list[int]: ...
-
-
-class Lru:
-    """Least recently used first.
-
-    A log of uses, of which the last of each chunk counts. Chunks that are used together are one
-    entry and taken whole, at a third of the cost of an `OrderedDict`.
-    """
-
-    __slots__ = ("_at", "_gain", "_log", "_n", "_tick", "held")
-
-    def __init__(self) -> None:
-        self._log: deque[tuple[int, Sequence[int]]] = deque()
-        """(use, keys), the oldest first."""
-        self._at = 0
-        """Keys of the first entry that are over."""
-        self._n = 0
-        """Keys in the log."""
-        self._tick = 0
-        self._gain = 1.0
-        """What a victim freed on average when room was made last."""
-        self.held: dict[int, int] = {}
-        """Which use was the last of a chunk."""
-
-    def __len__(self) -> int:
-        return len(self.held)
-
-    def add(self, keys: Sequence[int]) -> None:
-        """Chunks that are not there have come."""
-        if not keys:
-            return
-        self._tick += 1
-        self._n += len(keys)
-        self._log.append((self._tick, keys))
-        self.held.update(dict.fromkeys(keys, self._tick))
-        if self._n > 64 + 4 * len(self.held):
-            live = self.coldest_first()
-            self._log.clear()
-            self._at = self._n = 0
-            self.add(live)
-
-    def touch(self, keys: Sequence[int]) -> None:
-        """Chunks were used."""
-        if len(set(keys)) < len(keys):  # the last time counts
-            keys = [*dict.fromkeys(keys[::-1])][::-1]
-        self.add(keys)
-
-    def remove(self, key: int) -> None:
-        """A chunk has left of itself."""
-        del self.held[key]
-
-    def pop(self, excess: int, sizes: Sizes) -> tuple[list[int], int]:
-        """Evict; see `Order`."""
-        victims, freed = self.pop_some(excess, sizes)
-        _check_enough(excess, freed)
-        return victims, freed
-
-    def pop_some(self, excess: int, sizes: Sizes) -> tuple[list[int], int]:
-        """`pop`, or all there is if that is not enough."""
-        log, held = self._log, self.held
-        victims: list[int] = []
-        freed = 0
-        while freed < excess and log:
-            use, entry = log[0]
-            stop = self._at + 1 + int((excess - freed) / self._gain)
-            keys = entry[self._at : stop]
-            last = [*map(held.get, keys)]
-            if last.count(use) < len(last):
-                keys = [key for key, mine in zip(keys, last, strict=True) if mine == use]
-            got = [*map(sizes.__getitem__, keys)]
-            gain = sum(got)
-            if got and freed + gain - got[-1] >= excess:
-                ends = [*accumulate(got)]
-                n = bisect_left(ends, excess - freed) + 1
-                keys, gain = keys[:n], ends[n - 1]
-                stop = entry.index(keys[-1], self._at) + 1
-            self._at = stop
-            if stop >= len(entry):
-                self._n -= len(entry)
-                self._at = 0
-                log.popleft()
-            deque(map(held.__delitem__, keys), 0)
-            freed += gain
-            victims += keys
-        self._gain = max(1.0, freed / max(1, len(victims)))
-        return victims, freed
-
-    def put_first(self, key: int) -> None:
-        """A chunk comes in the place of the last victim."""
-        if self._at:
-            use, entry = self._log.popleft()
-            self._log.appendleft((use, entry[self._at :]))
-            self._n -= self._at
-            self._at = 0
-        self._tick += 1
-        self._n += 1
-        self._log.appendleft((self._tick, (key,)))
-        self.held[key] = self._tick
-
-    def coldest_first(self) -> list[int]:
-        """All keys, next victim first."""
-        held = self.held
-        found: list[int] = []
-        for use, keys in self._log:
-            last = [*map(held.get, keys)]
-            if last.count(use) == len(last):
-                found += keys
-            else:
-                found += [key for key, mine in zip(keys, last, strict=True) if mine == use]
-        return found
 
 
 class Lfu:
@@ -196,7 +89,7 @@ class Lfu:
             if freed >= excess:
                 break
             del self._by_uses[uses]
-        _check_enough(excess, freed)
+        check_enough(excess, freed)
         deque(map(self.held.__delitem__, victims), 0)
         return victims, freed
 
@@ -211,38 +104,82 @@ class Lfu:
         return found
 
 
-Ranks = Callable[[Sequence[int], Sequence[int], float], list[float]]
-"""Ranks of (keys, uses of each, floor)."""
+Ranks = Callable[[Sequence[int], Sequence[int] | None, float], list[float]]
+"""Ranks of (keys, uses of each or None for one each, floor)."""
 _Use = tuple[float, int, int]
 """(rank, which use, key)."""
+
+
+class _Uses:
+    """Uses in columns, none of which is a Python object."""
+
+    __slots__ = ("keys", "ranks", "ticks")
+
+    def __init__(self) -> None:
+        self.ranks = array("d")
+        self.ticks = array("q")
+        self.keys = array("q")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def add(self, ranks: list[float], ticks: Iterable[int], keys: Iterable[int]) -> None:
+        """More of them."""
+        self.ranks.fromlist(ranks)
+        self.ticks.extend(ticks)
+        self.keys.extend(keys)
+
+    def at(self, rows: NDArray[np.intp]) -> _Uses:
+        """Some of them."""
+        found = _Uses()
+        for name in self.__slots__:
+            getattr(found, name).frombytes(np.asarray(getattr(self, name))[rows].tobytes())
+        return found
+
+    def live(self, held: dict[int, int]) -> _Uses:
+        """Those that were the last of their chunk."""
+        last = np.fromiter(map(held.get, self.keys, repeat(-1)), np.int64, len(self))
+        return self.at(np.flatnonzero(last == np.asarray(self.ticks)))
+
+    def coldest_first(self) -> NDArray[np.intp]:
+        """Rows by rank, then by use, in which order they are."""
+        return np.argsort(np.asarray(self.ranks), kind="stable")
 
 
 class Ranked:
     """Smallest rank first, ties to the least recently used; ranks change when a chunk is used.
 
     A heap of all chunks would cost a walk through it per victim. Uses below a limit are sorted once
-    and taken from the end of a list; those that come below it later have a small heap; the others
-    wait in no order, until it is their turn. A use that was not the last of its chunk is passed
-    over.
+    and taken from the front; those few that come below it later have a small heap; the others
+    wait as they came, until it is their turn. A use that was not the last of its chunk is passed
+    over. Ranks that are `steady` (of the key, its uses and the floor alone) are worked out only
+    once room has to be made: many tiers never fill.
     """
 
-    __slots__ = ("_far", "_late", "_limit", "_near", "_tick", "_uses", "floor", "held", "ranks")
+    __slots__ = ("_at", "_far", "_gain", "_is_ranked", "_late", "_limit", "_near", "_tick",
+                 "_uses", "floor", "held", "ranks")  # fmt: skip
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, steady: bool) -> None:
         self.ranks = ranks
+        self._is_ranked = not steady
         self.floor = 0.0
         """Rank of what was evicted last, rising only."""
         self.held: dict[int, int] = {}
         """Which use was the last of a chunk."""
         self._uses: dict[int, int] = {}
         """Of chunks that were used since they came, that time included."""
-        self._near: list[_Use] = []
-        """Coldest last."""
+        self._near: tuple[list[float], list[int], list[int]] = [], [], []
+        """Ranks, uses, keys; the coldest first."""
+        self._at = 0
+        """Rows of them that are over."""
         self._late: list[_Use] = []
-        self._far: list[_Use] = []
+        self._far = _Uses()
+        """In the order of uses."""
         self._limit = -inf
         """Ranks that are smaller are not in `_far`."""
         self._tick = 0
+        self._gain = 1.0
+        """What a victim freed on average when room was made last."""
 
     def __len__(self) -> int:
         return len(self.held)
@@ -250,7 +187,7 @@ class Ranked:
     def add(self, keys: Sequence[int]) -> None:
         """Chunks that are not there have come, each used once."""
         if keys:
-            self._use(keys, [1] * len(keys))
+            self._use(keys, None)
 
     def touch(self, keys: Sequence[int]) -> None:
         """Chunks were used."""
@@ -258,30 +195,39 @@ class Ranked:
             for key in keys:
                 self.touch((key,))
             return
-        uses = [self._uses.get(key, 1) + 1 for key in keys]
+        uses = [n + 1 for n in map(self._uses.get, keys, repeat(1))]
         self._uses.update(zip(keys, uses, strict=True))
         self._use(keys, uses)
 
-    def _use(self, keys: Sequence[int], uses: Sequence[int]) -> None:
+    def _use(self, keys: Sequence[int], uses: Sequence[int] | None) -> None:
         ticks = range(self._tick, self._tick + len(keys))
         self._tick += len(keys)
         self.held.update(zip(keys, ticks, strict=True))
+        if not self._is_ranked:
+            return
         ranks = self.ranks(keys, uses, self.floor)
-        found = zip(ranks, ticks, keys, strict=True)
         if min(ranks) >= self._limit:
-            self._far += found
+            self._far.add(ranks, ticks, keys)
         else:
-            for use in found:
+            far = []
+            for use in zip(ranks, ticks, keys, strict=True):
                 if use[0] < self._limit:
                     heappush(self._late, use)
                 else:
-                    self._far.append(use)
+                    far.append(use)
+            if far:
+                found, when, which = zip(*far, strict=True)
+                self._far.add([*found], when, which)
         if len(self._far) > 64 + 4 * len(self.held):
-            self._far = self._live(self._far)
+            self._far = self._far.live(self.held)
 
-    def _live(self, uses: list[_Use]) -> list[_Use]:
-        held = self.held
-        return [use for use in uses if held.get(use[2]) == use[1]]
+    def _rank_all(self) -> None:
+        """What has come so far, while the floor was 0."""
+        self._is_ranked = True
+        uses = sorted(zip(self.held.values(), self.held, strict=True))
+        keys = [key for _, key in uses]
+        ranks = self.ranks(keys, [*map(self._uses.get, keys, repeat(1))], self.floor)
+        self._far.add(ranks, [tick for tick, _ in uses], keys)
 
     def remove(self, key: int) -> None:
         """A chunk has left of itself."""
@@ -290,48 +236,92 @@ class Ranked:
 
     def pop(self, excess: int, sizes: Sizes) -> tuple[list[int], int]:
         """Evict; see `Order`."""
-        held, near, late = self.held, self._near, self._late
+        if not self._is_ranked:
+            self._rank_all()
+        held, late = self.held, self._late
         victims: list[int] = []
         freed, last = 0, self.floor
         while freed < excess:
-            if late and (not near or late[0] < near[-1]):
+            at = self._at
+            ranks, ticks, keys = self._near
+            if late and (at == len(keys) or late[0] < (ranks[at], ticks[at])):
                 rank, tick, key = heappop(late)
-            elif near:
-                rank, tick, key = near.pop()
+                if held.get(key) == tick:
+                    last = rank
+                    freed += sizes[key]
+                    victims.append(key)
+            elif at < len(keys):
+                stop = min(len(keys), at + 1 + int((excess - freed) / self._gain))
+                if late:
+                    stop = max(at + 1, bisect_left(ranks, late[0][0], at, stop))
+                found, gain, row = self._take(excess - freed, sizes, stop)
+                if found:
+                    last = ranks[row]
+                    freed += gain
+                    victims += found
             else:
                 self._come_near()
-                near = self._near
-                if not near:
-                    _check_enough(excess, freed)
-                continue
-            if held.get(key) == tick:
-                last = rank
-                freed += sizes[key]
-                victims.append(key)
+                if not self._near[2]:
+                    check_enough(excess, freed)
         self.floor = max(self.floor, last)
+        self._gain = max(1.0, freed / max(1, len(victims)))
         deque(map(held.__delitem__, victims), 0)
         deque(map(self._uses.pop, victims, repeat(None)), 0)
         return victims, freed
 
+    def _take(self, excess: int, sizes: Sizes, stop: int) -> tuple[list[int], int, int]:
+        """Victims from the front, none at `stop` or behind; what they free; row of the last."""
+        at = self._at
+        _, ticks, keys = self._near
+        found, when = keys[at:stop], ticks[at:stop]
+        rows: Sequence[int] = range(at, stop)
+        last = [*map(self.held.get, found)]
+        if last != when:
+            alive = [*map(eq, last, when)]
+            found, rows = [*compress(found, alive)], [*compress(rows, alive)]
+        self._at = stop
+        if not found:
+            return found, 0, at
+        got = [*map(sizes.__getitem__, found)]
+        gain = sum(got)
+        if gain - got[-1] >= excess:
+            ends = [*accumulate(got)]
+            n = bisect_left(ends, excess) + 1
+            found, gain = found[:n], ends[n - 1]
+            self._at = rows[n - 1] + 1
+        return found, gain, rows[len(found) - 1]
+
     def _come_near(self) -> None:
-        """The coldest half of the others."""
+        """The coldest of the others: so few that the limit stays low, and few uses are late."""
         far = self._far
         if len(far) > 2 * len(self.held):
-            far = self._live(far)
-        far.sort()
-        n = 1 + len(far) // 2
-        self._near, self._far = far[:n][::-1], far[n:]
-        self._limit = far[n][0] if n < len(far) else inf
+            far = far.live(self.held)
+        order = far.coldest_first()
+        n = 1 + len(far) // 8
+        near = far.at(order[:n])
+        self._near = near.ranks.tolist(), near.ticks.tolist(), near.keys.tolist()
+        self._at = 0
+        self._limit = far.ranks[order[n]] if n < len(far) else inf
+        self._far = far.at(np.sort(order[n:]))
 
     def coldest_first(self) -> list[int]:
         """All keys, next victim first."""
-        live = self._live([*self._near, *self._late, *self._far])
-        return [key for _, _, key in sorted(live)]
-
-
-def _check_enough(excess: int, freed: int) -> None:
-    if freed < excess:
-        raise InvariantViolation(f"INV-4 {excess - freed} more to evict than there is")
+        if not self._is_ranked:
+            self._rank_all()
+        ranks, ticks, keys = (column[self._at :] for column in self._near)
+        late = [use for use in self._late if self.held.get(use[2]) == use[1]]
+        for column, more in zip((ranks, ticks, keys), zip(*late, strict=True), strict=False):
+            column += more  # type: ignore[arg-type]
+        near = _Uses()
+        near.add(ranks, ticks, keys)
+        far = self._far.live(self.held)
+        near = near.live(self.held)
+        all_ranks, all_ticks, all_keys = (
+            np.concatenate([getattr(near, name), getattr(far, name)])
+            for name in ("ranks", "ticks", "keys")
+        )
+        found: list[int] = all_keys[np.lexsort((all_ticks, all_ranks))].tolist()
+        return found
 
 
 def order_of(
@@ -350,9 +340,11 @@ def order_of(
     if name == "lfu":
         return Lfu()
     if name == "cost":  # GreedyDual-Size with frequency
-        return Ranked(
-            lambda keys, uses, floor: [
-                floor + n * v for n, v in zip(uses, values(keys), strict=True)
-            ]
-        )
-    return Ranked(lambda keys, uses, floor: [-float(next_use(key)) for key in keys])
+
+        def worth(keys: Sequence[int], uses: Sequence[int] | None, floor: float) -> list[float]:
+            if uses is None:
+                return [floor + v for v in values(keys)]
+            return [floor + n * v for n, v in zip(uses, values(keys), strict=True)]
+
+        return Ranked(worth, steady=True)
+    return Ranked(lambda keys, *_: [-float(next_use(key)) for key in keys], steady=False)

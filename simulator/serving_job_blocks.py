@@ -29,7 +29,7 @@ class JobBlocks(KvBlocks):
     def enter(self, job: Job) -> int | None:
         """Take hold of what is cached of a prompt; the chunks it found, None if all of it would
         not fit beside them."""
-        if job.need_least > self.n_free and job.key_missing not in self.users:
+        if job.need_least > self.n_free and job.key_missing not in self.size_of:
             return None  # as when it was tried last
         size = self.size
         n_hit = n_kept = 0

@@ -127,7 +127,7 @@ class JobFeed:
             self.names, keys = np.unique(salted, return_inverse=True)
             self._keys = keys.astype(np.int32)
             lengths = lengths[self.names // n_tenants]
-        self._lengths: list[int] = _shared(lengths.tolist())
+        self._lengths = _shared(lengths, 1)
         self._by_chain = by_chain and not table.chained
         self._chain_of: dict[tuple[int, int], int] = {}
         self._needs_chains = (by_chain or needs_chains) and not table.chained
@@ -135,8 +135,7 @@ class JobFeed:
         self.first_start: dict[int, int] = {}
         """Where each key stood when it was met first; only with `needs_starts`."""
         self._needs_starts = needs_starts
-        size_of = {n: n * kv_bytes_per_token for n in set(self.tokens_of)}
-        self.bytes_of = [*map(size_of.__getitem__, self.tokens_of)]
+        self.bytes_of = [] if self._by_chain else _shared(lengths, kv_bytes_per_token)
         # One entry of a view costs a third of one of an array.
         self._starts, self._key_view = table.chunk_start.data, self._keys.data
         self._prompts = table.prompt_tokens.data
@@ -177,7 +176,12 @@ class JobFeed:
         return found
 
 
-def _shared(values: list[int]) -> list[int]:
-    """The same numbers, equal ones as one object: a tenth of the memory, and closer together."""
-    known: dict[int, int] = {}
-    return [*map(known.setdefault, values, values)]
+def _shared(values: NDArray[Any], times: int) -> list[int]:
+    """`values` times a number, equal ones as one object: a tenth of the memory, closer together."""
+    found: list[int]
+    if values.max(initial=0) > len(values):
+        known: dict[int, int] = {}
+        found = (values.astype(np.int64) * times).tolist()
+        return [*map(known.setdefault, found, found)]
+    found = (np.arange(values.max(initial=0) + 1) * times).astype(object)[values].tolist()
+    return found

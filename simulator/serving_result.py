@@ -6,7 +6,8 @@ with two tokens or more, E2E from arrival to the last token; percentiles interpo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..core.request_table import RequestTable
 from ..core.timeline import Timeline
 from ..core.units import NS_PER_MS, NS_PER_S
 from ..core.workload import Request
+from .serving_eviction import Order
 from .serving_fleet import Fleet
 
 Ints = NDArray[np.int64]
@@ -65,12 +67,23 @@ class ServingResult:
     n_events: int
     area_ns: int
     """Requests in the system, integrated over time by the simulator: L times the duration."""
-    snapshot: dict[str, list[Ints]]
-    """What lies in each tier at the end, coldest first, per replica (once if shared)."""
+    names: Ints = field(repr=False)
+    """What chunks are called, by the keys that tiers use."""
+    orders: dict[str, list[Order]] = field(repr=False)
+    """Contents of each tier at the end, per replica (once if shared)."""
     spans: dict[int, tuple[Span, ...]]
 
     def __len__(self) -> int:
         return len(self.arrival_ns)
+
+    @cached_property
+    def snapshot(self) -> dict[str, list[Ints]]:
+        """What lies in each tier at the end, coldest first, per replica (once if shared); most
+        reports do without."""
+        return {
+            tier: [self.names[np.array(order.coldest_first(), np.int64)] for order in orders]
+            for tier, orders in self.orders.items()
+        }
 
     @property
     def tier_names(self) -> tuple[str, ...]:

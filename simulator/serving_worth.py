@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection
+from collections.abc import Sequence
+from itertools import repeat
 
 from ..core.step_cost import StepCost
 from .serving_eviction import NEVER
@@ -18,26 +19,29 @@ class Worth:
         self._feed = feed
         self._cost = cost
         self._values: dict[int, float] = {}
-        self._seconds: dict[tuple[int, int], float] = {}
+        self._by_size: dict[tuple[int, int], float] = {}
         self._rows: dict[int, list[int]] = {}
 
-    def values(self, keys: Collection[int]) -> list[float]:
+    def values(self, keys: Sequence[int]) -> list[float]:
         """Seconds to compute each chunk where it first stood, per byte."""
         try:
             return [*map(self._values.__getitem__, keys)]
         except KeyError:
-            return [*map(self._value, keys)]
+            self._learn([key for key in keys if key not in self._values])
+            return [*map(self._values.__getitem__, keys)]
 
-    def _value(self, key: int) -> float:
-        worth = self._values.get(key)
-        if worth is None:
-            feed = self._feed
-            sizes = feed.tokens_of[key], feed.first_start.get(key, 0)
-            found = self._seconds.get(sizes)
-            if found is None:
-                found = self._seconds[sizes] = self._cost.step_s([sizes], 0, 0)
-            worth = self._values[key] = found / max(1, feed.bytes_of[key])
-        return worth
+    def _learn(self, keys: Sequence[int]) -> None:
+        """The values of chunks nobody asked for yet."""
+        feed = self._feed
+        sizes = map(feed.tokens_of.__getitem__, keys)
+        starts = map(feed.first_start.get, keys, repeat(0))
+        known, values = self._by_size, self._values
+        for key, size in zip(keys, zip(sizes, starts, strict=False), strict=True):
+            worth = known.get(size)
+            if worth is None:
+                seconds = self._cost.step_s([size], 0, 0)
+                worth = known[size] = seconds / max(1, feed.bytes_of[key])
+            values[key] = worth
 
     def next_use(self, key: int) -> int:
         """Row that asks for a chunk next, in the order of the trace."""

@@ -1,8 +1,9 @@
 """The share of good requests by rate, and how surely it crosses a level.
 
 Each run (one rate, one seed) is told in batches of requests in a row. The share at a rate is that
-of the requests of all seeds together, none of an overloaded run being good, and the capacity is
-where it falls below the level, interpolated between the rates that ran.
+of the requests of all seeds together. The capacity is where it falls below the level, interpolated
+between the rates that ran, or where the queue begins to grow (`tuner/overload.py`) if that comes
+first; then its interval is that of the growth.
 
 Its interval is a test turned round: a rate is inside if so many failures as were seen there are
 not surprising where the level is just kept. Failures come in bursts, so requests count as fewer:
@@ -20,9 +21,9 @@ What is compared on the same requests is compared by a two-stage bootstrap over 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,56 +31,20 @@ from numpy.typing import NDArray
 
 from ..core.rng import rng
 from .failures import allowed, design_effect, kish, surprise
+from .overload import begins, begins_each, margin
+from .trial import Estimate, Trial, counted
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-BATCHES = 10
 NEAR = (0.7, 3.0)
 """Rates whose share of failures is so many times what the level allows tell how they cluster."""
 FEW = 0.1
 """Of the failures that the level allows: hardly any."""
+NEARBY, FURTHER = 0.04, 0.15
+"""Logarithms of rates: so far out an end of the interval is extrapolated; the largest step to a
+rate that has to run."""
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One simulated run."""
-
-    rate_rps: float
-    seed: int
-    good_share: float
-    """Of the requests that are judged, those that keep TTFT and TPOT."""
-    stable: bool
-    """Whether the queue did not grow; if it did, a longer run would have no good request."""
-    good: tuple[int, ...]
-    """Good requests of each of `BATCHES` batches, in their order."""
-    judged: tuple[int, ...]
-    """All requests of each batch."""
-    n_whole: int | None = None
-    """Requests of the trace that the runs are windows of; None where seeds draw new ones."""
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Trial:
-        """Of its JSON."""
-        return cls(**{**row, "good": tuple(row["good"]), "judged": tuple(row["judged"])})
-
-    @property
-    def bad(self) -> tuple[int, ...]:
-        """Requests of each batch that do not count as good."""
-        if not self.stable:
-            return self.judged
-        return tuple(n - good for n, good in zip(self.judged, self.good, strict=True))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Attainment:
@@ -89,28 +54,47 @@ class Attainment:
         self.level, self.seeds = level, tuple(seeds)
         by_rate: dict[float, list[Trial]] = {}
         for trial in trials:
-            by_rate.setdefault(trial.rate_rps, []).append(trial)
-        known = {r: t for r, t in by_rate.items() if verdict(t, level, len(self.seeds)) is not None}
+            if trial.seed in self.seeds:
+                by_rate.setdefault(trial.rate_rps, []).append(trial)
+        known = counted(by_rate, level, len(self.seeds))
         self.rates = np.array(sorted(known))
+        self.n_ran = [len(known[rate]) for rate in self.rates.tolist()]
         rows = [self._row(known[rate]) for rate in self.rates.tolist()]
-        self.bad = np.array([r[0] for r in rows])
-        self.judged = np.array([r[1] for r in rows])
+        self.bad, self.judged, self.behind = (np.array(x) for x in zip(*rows, strict=True))
         self.share = self.bad.sum(axis=(1, 2)) / self.judged.sum(axis=(1, 2))
         self.n_whole = next((t.n_whole for r in known for t in known[r]), None)
 
-    def _row(self, trials: Sequence[Trial]) -> tuple[Floats, Floats]:
-        """[seeds, batches] bad and judged; unseen seeds are as the seen ones."""
-        bad = {t.seed: np.array(t.bad, float) for t in trials}
-        judged = {t.seed: np.array(t.judged, float) for t in trials}
-        mean = [np.mean(list(x.values()), axis=0) for x in (bad, judged)]
+    def _row(self, trials: Sequence[Trial]) -> tuple[Floats, Floats, Floats]:
+        """[seeds, batches] bad and judged, [seeds] behind; unseen seeds are as the seen ones."""
+
+        def each(values: dict[int, Any]) -> Floats:
+            mean = np.mean(list(values.values()), axis=0)
+            return np.array([values.get(s, mean) for s in self.seeds], float)
+
         return (
-            np.array([bad.get(s, mean[0]) for s in self.seeds]),
-            np.array([judged.get(s, mean[1]) for s in self.seeds]),
+            each({t.seed: t.bad for t in trials}),
+            each({t.seed: t.judged for t in trials}),
+            each({t.seed: t.behind for t in trials}),
         )
 
     @property
     def rate(self) -> float:
-        """The crossing."""
+        """The capacity: where the level is crossed, or the queue begins to grow."""
+        growth = self._growth
+        return self._level if growth is None else min(self._level, growth)
+
+    @property
+    def grows(self) -> bool:
+        """Whether it is the queue's growth that limits, not the level."""
+        return self._growth is not None and self._growth <= self._level
+
+    @property
+    def _growth(self) -> float | None:
+        return begins(self.rates, self.behind.mean(axis=1))
+
+    @property
+    def _level(self) -> float:
+        """The crossing of the level, or the last rate."""
         return self._crossing(1 - self.level)
 
     @property
@@ -121,7 +105,7 @@ class Attainment:
     @property
     def _at(self) -> int:
         """The first rate beyond the crossing, or the last."""
-        return min(int(np.searchsorted(self.rates, self.rate, side="right")), len(self.rates) - 1)
+        return min(int(np.searchsorted(self.rates, self._level, side="right")), len(self.rates) - 1)
 
     @property
     def of_load(self) -> Floats:
@@ -147,25 +131,100 @@ class Attainment:
         return n / max(1.0, n / self.n_whole) if self.n_whole else n
 
     def ends(self) -> tuple[float | None, float | None]:
-        """Ends of the interval; None for one that lies beyond the rates that ran.
+        """Ends of the interval; None for one that lies beyond the rates that ran."""
+        (low, high), (from_, to) = self._level_ends(), self._growth_ends()
+        highest = min((h for h in (high, to) if h is not None), default=None)
+        return (None if low is None else min(low, from_)), highest
+
+    def _growth_ends(self) -> tuple[float, float | None]:
+        """Where the queue may begin to grow, and where it surely does, if that is known.
+
+        Beyond what can be served the slope rises as the rate over it: what the slope is uncertain
+        by, the rate is, too.
+        """
+        n = float(self.judged[-1].sum())
+        apart = len(self.seeds) * self._n_apart(len(self.rates) - 1) / n
+        half, growth = margin(self.behind, apart, CONFIDENCE), self._growth
+        if growth is None:
+            low = begins(self.rates, self.behind.mean(axis=1) + half)
+            return math.inf if low is None else low, None
+        at = max(1, int(np.searchsorted(self.rates, growth)))
+        width = float(half[at - 1 : at + 1].max())
+        return growth * max(0.0, 1 - width), growth * (1 + width)
+
+    def _level_ends(self) -> tuple[float | None, float | None]:
+        """Where the level may be crossed, and where it surely is.
 
         What fails at the lowest rate has nothing to do with load, so it is taken off the level
         where the level is surely above it; if it is not, there is no lower end.
         """
-        tail = surprise(CONFIDENCE, kish(self.of_load[self._at]) - 1)
-        floor = float(self.share[0])
-        at_level = max(1 - self.level, 2 * self._least) - floor
-        if at_level <= 0:
+        if self._limits is None:
             return None, None
-        n = self.n_effective(at_level)
-        few, many = (None if k is None else k / n for k in allowed(n, at_level, tail))
-        assert many is not None
-        high = None if self.share[-1] <= floor + many else self._crossing(floor + many)
+        at_level, few, many, none_seen = self._limits
         if not self._is_below():
-            return None, high
-        if few is not None and few >= FEW * at_level:
-            return self._crossing(floor + few), high
-        return self._below_all(at_level, 1 - tail ** (1 / n)), high
+            return None, self._upper(many)
+        if few >= FEW * at_level:
+            return self._lower(few), self._upper(many)
+        return self._below_all(at_level, none_seen), self._upper(many)
+
+    def _lower(self, of_load: float) -> float:
+        """Rate that has these failures of load; below those that ran along their slope."""
+        load = self.share - self._floor
+        if len(load) < 3 or not of_load < load[1] < load[2]:
+            return self._crossing(self._floor + of_load)
+        slope = math.log(load[2] / load[1]) / math.log(self.rates[2] / self.rates[1])
+        found = float(self.rates[1]) * (of_load / load[1]) ** (1 / slope)
+        return float(max(self.rates[0], found))
+
+    def _upper(self, of_load: float) -> float | None:
+        """The same upwards; None where it is too far beyond the rates that ran."""
+        if self.share[-1] > self._floor + of_load:
+            return self._crossing(self._floor + of_load)
+        step = self._step_to(of_load)
+        return None if step is None or step > NEARBY else float(self.rates[-1]) * math.exp(step)
+
+    def _step_to(self, of_load: float) -> float | None:
+        """Logarithm of the step from the last rate, along the last slope; None without a slope."""
+        load = self.share - self._floor
+        if len(load) < 3 or not 0 < load[-2] < load[-1]:
+            return None
+        slope = math.log(load[-1] / load[-2]) / math.log(self.rates[-1] / self.rates[-2])
+        return math.log(of_load / load[-1]) / slope
+
+    def below(self) -> float | None:
+        """A rate that would have to run for the lower end to be read between two; None if none."""
+        (from_, _), low = self._growth_ends(), self.rate
+        if self._limits is not None:
+            at_level, few, _, _ = self._limits
+            low = self._lower(max(few, FEW * at_level))
+        low = min(low, from_)
+        above = float(min((r for r in self.rates if r > low), default=self.rates[-1]))
+        if len(self.rates) < 2 or above > self.rates[1] or above / low <= math.exp(NEARBY):
+            return None
+        return max(low, above * math.exp(-FURTHER), float(self.rates[0]) * math.exp(FURTHER))
+
+    def beyond(self) -> float:
+        """A rate beyond the last one where the upper end should be known."""
+        step = self._step_to(1.2 * self._limits[2]) if self._limits else None
+        return float(self.rates[-1]) * math.exp(min(max(step or 0.0, NEARBY), FURTHER))
+
+    @property
+    def _floor(self) -> float:
+        return float(self.share[0])
+
+    @cached_property
+    def _limits(self) -> tuple[float, float, float, float] | None:
+        """(failures of load that the level allows, fewest and most not surprising, if none is seen)
+
+        Shares of the requests; the fewest is 0 where none at all would not be surprising.
+        """
+        at_level = max(1 - self.level, 2 * self._least) - self._floor
+        if at_level <= 0:
+            return None
+        tail = surprise(CONFIDENCE, kish(self.of_load[self._at]) - 1)
+        n = self.n_effective(at_level)
+        few, many = allowed(n, at_level, tail)
+        return at_level, (few or 0.0) / n, many / n, 1 - tail ** (1 / n)
 
     def _is_below(self) -> bool:
         """Whether the lowest rate is surely one that keeps the level."""
@@ -179,12 +238,12 @@ class Attainment:
 
         Further down than what was seen: along the slope of the failures' logarithm.
         """
-        floor = float(self.share[0])
-        first = self._crossing(floor + FEW * at_level)
+        floor = self._floor
+        first = self._lower(FEW * at_level)
         more = min(NEAR[1] * at_level, float(self.share[-1]) - floor)
         if more <= at_level:
             return first
-        slope = np.log(more / at_level) / max(self._crossing(floor + more) - self.rate, 1e-9)
+        slope = np.log(more / at_level) / max(self._crossing(floor + more) - self._level, 1e-9)
         return max(0.0, first - max(0.0, float(np.log(unseen / at_level) / slope)))
 
     def estimate(self) -> Estimate:
@@ -210,10 +269,12 @@ class Attainment:
         return float(_cross(self.rates, self.share[None], bad_share, self._least)[0])
 
     def _crossings(self, drawn: Floats) -> Floats:
-        """For [n, seeds, batches] weights: where the level is first not kept."""
+        """For [n, seeds, batches] weights: the capacity."""
         bad = np.einsum("nsb,ksb->nk", drawn, self.bad)
         share = bad / np.einsum("nsb,ksb->nk", drawn, self.judged)
-        return _cross(self.rates, share, 1 - self.level, self._least)
+        level = _cross(self.rates, share, 1 - self.level, self._least)
+        seeds = drawn.sum(axis=2) / drawn.sum(axis=(1, 2))[:, None]
+        return np.minimum(level, begins_each(self.rates, seeds @ self.behind.T))
 
 
 def _cross(rates: Floats, share: Floats, limit: float, least: float) -> Floats:
@@ -234,17 +295,6 @@ def _cross(rates: Floats, share: Floats, limit: float, least: float) -> Floats:
     found = np.exp((1 - part) * np.log(rates[below]) + part * np.log(rates[at]))
     found = np.where(fails[:, 0], rates[0], found)
     return np.asarray(np.where(fails.any(axis=1), found, rates[-1]))
-
-
-def verdict(trials: Sequence[Trial], level: float, n_seeds: int) -> bool | None:
-    """Whether a rate keeps the level; None if the seeds that have not run yet may decide."""
-    judged = sum(sum(t.judged) for t in trials)
-    bad = sum(sum(t.bad) for t in trials)
-    left = n_seeds - len(trials)
-    unseen = left * judged / max(len(trials), 1)
-    if bad > (1 - level) * (judged + unseen) + 1e-9:
-        return False
-    return None if left else True
 
 
 @lru_cache(maxsize=8)

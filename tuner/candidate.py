@@ -127,7 +127,8 @@ class Candidate(Record):
 
     def memory(self, model: ModelSpec) -> MemorySum:
         """Where the memory of a GPU goes, of the stage with most layers; KV tokens of the group."""
-        return memory_sum(self.stage(model), self.machine.gpu, self.gpus_per_stage, self.engine)
+        gpu, staged = self.machine.gpu, self.stages > 1
+        return memory_sum(self.stage(model), gpu, self.gpus_per_stage, self.engine, staged=staged)
 
     def stage(self, model: ModelSpec) -> ModelSpec:
         """What the largest pipeline stage holds: its layers, and the embedding or the head."""
@@ -151,7 +152,8 @@ class Candidate(Record):
             )
         machine, tp = self.machine, self.gpus_per_stage
         try:
-            check_fits(self.stage(model), machine.gpu, tp, self.engine, catalogue, n_tokens)
+            held, staged = self.stage(model), self.stages > 1
+            check_fits(held, machine.gpu, tp, self.engine, catalogue, n_tokens, staged=staged)
         except CapacityError as e:
             fits = e.remedy.removeprefix("would fit: ").split("; ")
             ways = [w for w in fits if e.remedy.startswith("would") and not w.startswith("int4")]

@@ -1,36 +1,23 @@
-"""The highest rate that keeps a service level: bisection, with confidence.
+"""The highest rate that keeps a service level: a bracket, interpolated, with confidence.
 
 One seed fixes the requests; rates only squeeze their arrivals, and all candidates see the same
-ones. So the share of good requests falls almost monotonically with the rate, and bisection finds
-where it crosses. The first seed alone finds the neighbourhood; there all seeds run, fewer where
-those that ran have decided, and bisection ends at the tolerance or where a narrower bracket would
-be far inside the interval (`tuner/attainment.py`); then rates further out, until the interval lies
-between those that ran. What is compared is compared pair by pair.
+ones. So the share of good requests falls almost monotonically with the rate, and it is searched
+where it crosses the level (`tuner/rate_search.py`): by the first seed alone, then by all; then
+rates further out run, until the interval (`tuner/attainment.py`) lies between those that ran. What
+is compared is compared pair by pair.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import CacheTuneError
-from .attainment import Attainment, Estimate, Trial, verdict
+from .attainment import Attainment
+from .rate_search import FIRST_TOLERANCE, RATE_MIN_RPS, Evaluate, RateSearch
+from .trial import Estimate, Trial
 
-RATE_MIN_RPS = 1e-3
 RATE_MAX_RPS = 1e5
-FIRST_TOLERANCE = 0.05
-"""Of the first seed's own bracket."""
-INSIDE = 0.25
-"""A bracket of this share of the interval is narrow enough."""
-IDLE = 8.0
-"""At the capacity divided by this, requests hardly meet."""
-BEYOND_MAX = 8
-"""Rates that are tried, about, to find the upper end of the interval."""
-
-Evaluate = Callable[[float, int], Trial]
-"""(rate, seed) -> what happened."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +26,12 @@ class Capacity:
 
     rate: Estimate | None
     first_rps: float | None
-    """Of the first seed alone, within `FIRST_TOLERANCE`."""
+    """Of the first seed alone, interpolated."""
     trials: tuple[Trial, ...]
     seeds: tuple[int, ...]
     at_least: bool = False
+    grows: bool = False
+    """Whether the queue's growth limits it, not the level."""
 
     def closest(self) -> Trial:
         """The trial with the largest share of good requests; then the one that misses least."""
@@ -73,9 +62,9 @@ def find_capacity(
     seeds: Sequence[int],
     *,
     start_rps: float = 1.0,
-    factor: float = 2.0,
     tolerance: float = 0.02,
     most_rps: float = RATE_MAX_RPS,
+    seeds_at: Callable[[float], Sequence[int]] | None = None,
 ) -> Capacity:
     """Rate at which the share of good requests falls below `attainment`.
 
@@ -84,26 +73,31 @@ def find_capacity(
         attainment: share of requests that must keep the level, in (0, 1].
         seeds: traffic samples.
         start_rps: where to begin.
-        factor: first step away from there; steps grow.
-        tolerance: relative width at which bisection ends.
+        tolerance: relative width at which bisection ends; between rates near the level it may be
+            wider, as there the share is interpolated.
         most_rps: what runs can show; a capacity that reaches it is `at_least`.
+        seeds_at: those of `seeds` that tell something new at about this rate, its first among them.
 
     Raises:
         CacheTuneError: no seeds, or an attainment or tolerance out of range.
     """
     _check(attainment, seeds, start_rps, tolerance)
-    runs = _Runs(evaluate, attainment, tuple(seeds))
+    runs = RateSearch(evaluate, attainment, seeds[:1])
     start = min(start_rps, most_rps)
-    first = _bisect(runs.first_keeps, start, factor, lambda: FIRST_TOLERANCE, most_rps)
-    guess, step = (start, factor) if first is None else (first, 1 + 4 * tolerance)
-    enough = lambda: max(tolerance, INSIDE * runs.width())  # noqa: E731
-    rate = _bisect(runs.keeps, guess, step, enough, most_rps)
-    estimate = None
-    if rate is not None:
-        runs.settle(rate, 1 + 2 * tolerance, most_rps)
-        estimate = runs.attainment().estimate()
-    at_least = rate is not None and rate >= most_rps
-    return Capacity(estimate, first, tuple(runs.trials.values()), runs.seeds, at_least)
+    low, high = runs.bracket(start, 2.0, max(tolerance, FIRST_TOLERANCE), most_rps)
+    first = runs.inside((low, high))
+    runs.seeds = tuple(seeds if seeds_at is None or first is None else seeds_at(first))
+    if low is None:
+        low, high = runs.bracket(start, 2.0, tolerance, most_rps)
+    else:
+        step = 1 + FIRST_TOLERANCE if high is None else high / low
+        low, high = runs.bracket(low, step, tolerance, most_rps)
+    if low is None:
+        return Capacity(None, first, tuple(runs.trials.values()), runs.seeds)
+    runs.settle(low, most_rps)
+    table, at_least = runs.attainment(), low >= most_rps
+    trials = tuple(runs.trials.values())
+    return Capacity(table.estimate(), first, trials, runs.seeds, at_least, table.grows)
 
 
 def first_capacity(
@@ -114,117 +108,19 @@ def first_capacity(
     factor: float = 2.0,
     most_rps: float = RATE_MAX_RPS,
 ) -> float | None:
-    """Of one seed, within `FIRST_TOLERANCE`: what comparisons of it with itself need."""
-    runs = _Runs(evaluate, attainment, (seed,))
+    """Of one seed, interpolated: what comparisons of it with itself need."""
+    runs = RateSearch(evaluate, attainment, (seed,))
     start = min(start_rps, most_rps)
-    return _bisect(runs.first_keeps, start, factor, lambda: FIRST_TOLERANCE, most_rps)
-
-
-class _Runs:
-    """Every run once."""
-
-    def __init__(self, evaluate: Evaluate, level: float, seeds: tuple[int, ...]) -> None:
-        self.evaluate, self.level, self.seeds = evaluate, level, seeds
-        self.trials: dict[tuple[float, int], Trial] = {}
-
-    def trial(self, rate: float, seed: int) -> Trial:
-        if (rate, seed) not in self.trials:
-            self.trials[rate, seed] = self.evaluate(rate, seed)
-        return self.trials[rate, seed]
-
-    def first_keeps(self, rate: float) -> bool:
-        return keeps(self.trial(rate, self.seeds[0]), self.level)
-
-    def keeps(self, rate: float) -> bool:
-        """Of all seeds together; those that cannot turn it do not run."""
-        ran: list[Trial] = []
-        found = None
-        for seed in self.seeds:
-            ran.append(self.trial(rate, seed))
-            found = verdict(ran, self.level, len(self.seeds))
-            if found is not None:
-                break
-        return bool(found)
-
-    def attainment(self) -> Attainment:
-        return Attainment(self.trials.values(), self.level, self.seeds)
-
-    def width(self) -> float:
-        """Of the interval, relative to the rate, as far as it is known."""
-        found = self.attainment().estimate()
-        return (found.high - found.low) / found.value
-
-    def settle(self, rate: float, step: float, most_rps: float) -> None:
-        """Run what the interval around the capacity `rate` lacks.
-
-        A rate so low that what fails there does so without any load, rates beyond the upper end,
-        and the seeds that are missing in between.
-        """
-        self.all_seeds(max(rate / IDLE, RATE_MIN_RPS))
-        for _ in range(2 * BEYOND_MAX):
-            table = self.attainment()
-            higher = min(float(table.rates[-1]) * step, most_rps)
-            if table.ends()[1] is None and higher > table.rates[-1]:
-                self.all_seeds(higher)
-                step = min(step**2, 2.0)
-            elif not self.completed():
-                break
-
-    def completed(self) -> bool:
-        """Run the seeds that are missing inside the interval and at the rates next to it.
-
-        Those that ran there are not any seeds: they are the ones that decided against a rate.
-        """
-        found, rates = self.attainment().estimate(), sorted({rate for rate, _ in self.trials})
-        begin = max(0, bisect_left(rates, found.low) - 1)
-        before = len(self.trials)
-        for rate in rates[begin : bisect_right(rates, found.high) + 1]:
-            self.all_seeds(rate)
-        return len(self.trials) > before
-
-    def all_seeds(self, rate: float) -> None:
-        for seed in self.seeds:
-            self.trial(rate, seed)
+    return runs.inside(runs.bracket(start, factor, max(FIRST_TOLERANCE, factor - 1), most_rps))
 
 
 def ratio(changed: Capacity, base: Capacity, attainment: float) -> Estimate | None:
     """Capacity of one over another, on the same requests; None where one of them has none."""
     if changed.rate is None or base.rate is None:
         return None
-    one, other = (Attainment(c.trials, attainment, base.seeds) for c in (changed, base))
+    seeds = [seed for seed in base.seeds if seed in changed.seeds]
+    one, other = (Attainment(c.trials, attainment, seeds) for c in (changed, base))
     return one.over(other)
-
-
-def _bisect(
-    good: Callable[[float], bool],
-    guess: float,
-    factor: float,
-    tolerance: Callable[[], float],
-    most: float,
-) -> float | None:
-    """Highest good rate within the tolerance; None if even the lowest is not."""
-    low = high = guess
-    step = factor
-    if good(guess):
-        while True:
-            high = min(low * step, most)
-            if high <= low or not good(high):
-                break
-            low, step = high, min(step * step, 4.0)
-        if high <= low:
-            return low
-    else:
-        while True:
-            low = max(high / step, RATE_MIN_RPS)
-            if low >= high:
-                return None
-            if good(low):
-                break
-            high, step = low, min(step * step, 16.0)
-    while high / low > 1 + tolerance():
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if good(middle) else (low, middle)
-    return math.sqrt(low * high)
 
 
 def _check(attainment: float, seeds: Sequence[int], start_rps: float, tolerance: float) -> None:

@@ -15,13 +15,10 @@ from ..core.units import NS_PER_S
 from ..core.workload import Slo
 from ..simulator.serving import serve_trace
 from ..simulator.serving_result import ServingResult
-from .attainment import BATCHES, Trial
 from .candidate import Candidate
 from .traffic import Traffic
+from .trial import BATCHES, Trial
 from .warm_start import warm_snapshot
-
-BEHIND_MAX = 0.05
-"""Seconds that first tokens may fall behind per second of traffic; more is an overload."""
 
 PER_REPLICA = 200
 """Requests of a run of several replicas, at least, for each."""
@@ -77,12 +74,12 @@ def evaluate(
     batches = np.array_split(in_ttft & in_tpot, BATCHES)
     behind = falls_behind(result.arrival_ns[judged], result.ttft_ms[judged])
     metrics = {"in_ttft": float(in_ttft.mean()), "in_tpot": float(in_tpot.mean())}
-    metrics |= {"ttft_s_per_s": behind, "traffic_s": float(np.ptp(result.arrival_ns)) / NS_PER_S}
+    metrics |= {"traffic_s": float(np.ptp(result.arrival_ns)) / NS_PER_S}
     return Trial(
         rate_rps=rate_rps,
         seed=seed,
         good_share=float((in_ttft & in_tpot).mean()),
-        stable=behind <= BEHIND_MAX,
+        behind=behind,
         good=tuple(int(batch.sum()) for batch in batches),
         judged=tuple(len(batch) for batch in batches),
         n_whole=traffic.n_whole,

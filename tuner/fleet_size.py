@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..core.step_cost import StepCost
-from .attainment import Trial, verdict
 from .candidate import Candidate
 from .capacity import keeps
 from .question import Question, runner
+from .trial import Trial, verdict
 
 TOGETHER_MAX = 256
 """More replicas than that are counted by division."""
@@ -45,7 +45,7 @@ def fleet_row(question: Question, candidate: Candidate, row: Mapping[str, Any]) 
             "why_not": f"{most} replicas do not keep the level at {target:g} req/s "
             f"({100 * good_share(trials):.1f} % good)",
         }
-    trials = fleets.runs(count, question.seeds)
+    trials = fleets.runs(count, question.seeds_at(target))
     per_h = None if price is None else price * count
     return {
         "replicas": count,
@@ -84,7 +84,9 @@ def _to_be_sure(
     cost = candidate.cost(question.model, "high_s") if question.kernel_band else None
     fleets = _Fleets(question, candidate, rate, cost)
     most = min(REPLICAS_MAX, 16 * count + 16)
-    return count if fleets.first_carries(count) else fewest(fleets.first_carries, count, most)
+    low = row["low_rps"]
+    guess = min(most, math.ceil(count * row["capacity_rps"] / low)) if low > 0 else count
+    return fewest(lambda n: n >= count and fleets.first_carries(n), guess, most)
 
 
 class _Fleets:
@@ -111,7 +113,7 @@ class _Fleets:
 
     def carries(self, count: int) -> bool:
         """Of all seeds together; those that cannot turn it do not run."""
-        seeds, level = self.question.seeds, self.question.attainment
+        seeds, level = self.question.seeds_at(self.rate), self.question.attainment
         for n in range(1, len(seeds) + 1):
             found = verdict(self.runs(count, seeds[:n]), level, len(seeds))
             if found is not None:

@@ -1,13 +1,12 @@
 """A measured grid: a fixed list of plans, written down before any tuning, run for real.
 
 It is what the tuned plan is held against. The run is resumable: every measurement is one line of
-a JSONL file, flushed when it is made; a second run does what is missing.
+a JSONL file, written when it is made; a second run does what is missing.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import PlanError
 from ..core.plan import RatioRule, ReusePlan
-from ..core.record import parse_json, write_atomic
+from ..core.record import append_line, parse_json, write_atomic
 from ..core.workload import Workload
 from .measure import Bench, Measured, Progress, order_of_turn, paired
 
@@ -147,19 +146,16 @@ def run_grid(
         if (i, turn) not in done
     ]
     warm: set[int] = set()
-    with open(rows_path, "a", encoding="utf-8") as file:
-        for n, (turn, i) in enumerate(missing, start=1):
+    for n, (turn, i) in enumerate(missing, start=1):
+        ttft_ms = bench.once(plans[i])
+        # First touch faults pages in and fills caches; a wait of seconds hides that.
+        if i not in warm and ttft_ms < SLOW_MS:
             ttft_ms = bench.once(plans[i])
-            # First touch faults pages in and fills caches; a wait of seconds hides that.
-            if i not in warm and ttft_ms < SLOW_MS:
-                ttft_ms = bench.once(plans[i])
-            warm.add(i)
-            done[i, turn] = ttft_ms
-            file.write(json.dumps({"plan": i, "turn": turn, "ttft_ms": done[i, turn]}) + "\n")
-            file.flush()
-            if progress is not None:
-                progress(n, len(missing))
-        os.fsync(file.fileno())
+        warm.add(i)
+        append_line(rows_path, json.dumps({"plan": i, "turn": turn, "ttft_ms": ttft_ms}))
+        done[i, turn] = ttft_ms
+        if progress is not None:
+            progress(n, len(missing))
     return result(head, plans, done)
 
 

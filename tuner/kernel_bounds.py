@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .attainment import Estimate
 from .bounded_kernels import KernelEnd
 from .candidate import Candidate
-from .capacity import RATE_MIN_RPS, Capacity, first_capacity
+from .capacity import Capacity, first_capacity
 from .question import Question, runner
+from .rate_search import RATE_MIN_RPS
+from .trial import Estimate
 
 ENDS: tuple[KernelEnd, KernelEnd] = ("high_s", "low_s")
 

@@ -10,11 +10,12 @@ from ..core.model_spec import ModelSpec
 from ..core.record import Record
 from ..core.step_cost import StepCost
 from ..core.workload import Slo
-from .attainment import Trial
 from .candidate import Candidate
-from .capacity import RATE_MAX_RPS, Evaluate
+from .capacity import RATE_MAX_RPS
 from .evaluate import RunLength, evaluate
-from .traffic import Traffic
+from .rate_search import Evaluate
+from .traffic import Traffic, apart
+from .trial import Trial
 
 LIMITS = 20
 """A run is so many times as long as the TTFT that is allowed."""
@@ -41,7 +42,8 @@ class Question(Record):
         """How much traffic a run has: what is asked, or more where that would not show it.
 
         The queue needs time to grow by the TTFT that is allowed, and one burst of late requests
-        lasts about as long: all seeds together should see several. Of a trace, they see it all.
+        lasts about as long: all seeds together should see several. A trace has as many as it has:
+        together they are as long.
         """
         ttft_s = self.slo.ttft_ms / 1e3
         misses = max(1 - self.attainment, 1 / self.length.max_requests)
@@ -49,10 +51,20 @@ class Question(Record):
         fewest = self.length.min_requests
         if self.traffic.n_whole is not None:
             fewest = max(fewest, math.ceil(self.traffic.n_whole / len(self.seeds)))
+            bursts_s = 0.0
         return self.length.replace(
             horizon_s=max(self.length.horizon_s, LIMITS * ttft_s, bursts_s),
             min_requests=min(fewest, max(self.length.min_requests, self.length.max_requests)),
         )
+
+    def seeds_at(self, rate_rps: float) -> tuple[int, ...]:
+        """Those that tell something new at a rate: of a trace, windows until it was all seen."""
+        n_whole, runs = self.traffic.n_whole, self.runs
+        if n_whole is None:
+            return self.seeds
+        seen = (1 - runs.warm_share) * runs.n_requests(rate_rps) / n_whole
+        enough = (n for n in range(2, len(self.seeds)) if apart(self.seeds[:n]) <= seen)
+        return self.seeds[: next(enough, len(self.seeds))]
 
     @property
     def most_rps(self) -> float:

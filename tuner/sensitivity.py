@@ -13,9 +13,10 @@ from ..core.catalogue import Catalogue
 from ..core.errors import CacheTuneError
 from ..core.machine_spec import DEFAULT_DRAM
 from ..core.units import GIB
-from .attainment import Attainment, Trial
+from .attainment import Attainment
 from .candidate import STORED_BITS, Candidate
 from .question import Question
+from .trial import Trial
 from .whatif import task_of
 
 KNOBS = (
@@ -124,14 +125,16 @@ def effects(
 ) -> list[dict[str, Any]]:
     """Capacity with each change over that without, on the same requests, with a 95 % interval."""
     found = []
-    seeds = base["seeds"]
-    before = Attainment(map(Trial.of, base["trials"]), attainment, seeds)
     for change, row in zip(asked, rows, strict=True):
         effect: dict[str, Any] = {"what": change.text, "fingerprint": row["fingerprint"]}
         if row["why_not"]:
             effect |= {"ratio": None, "low": None, "high": None, "why_not": row["why_not"]}
         else:
-            estimate = Attainment(map(Trial.of, row["trials"]), attainment, seeds).over(before)
+            seeds = [seed for seed in base["seeds"] if seed in row["seeds"]]
+            one, other = (
+                Attainment(map(Trial.of, r["trials"]), attainment, seeds) for r in (row, base)
+            )
+            estimate = one.over(other)
             effect |= {
                 "ratio": estimate.value,
                 "low": estimate.low,

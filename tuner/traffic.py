@@ -8,6 +8,7 @@ squeezed by the same factor, that of the whole trace: its busy hours stay busy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -240,6 +241,12 @@ def parameters(text: str) -> dict[str, float]:
 def _start(n: int, seed: int) -> int:
     """Row where a seed's window begins: few of them are far apart, whatever their number."""
     return int(n * (seed * GOLDEN % 1))
+
+
+def apart(seeds: Sequence[int]) -> float:
+    """Longest way from where a seed's window of a trace begins to the next, over all of it."""
+    starts = sorted(seed * GOLDEN % 1 for seed in seeds)
+    return max(b - a for a, b in zip(starts, [*starts[1:], starts[0] + 1], strict=True))
 
 
 @lru_cache(maxsize=8)

@@ -17,14 +17,14 @@ from typing import Any
 
 from ..core.catalogue import GpuRow, load_catalogue
 from ..core.errors import CacheTuneError, ProfileError
-from .attainment import Trial
 from .candidate import Candidate, kernels_of
 from .capacity import Capacity, find_capacity, keeps
 from .fleet_size import fleet_row, per_mtok, tokens_per_s
 from .kernel_bounds import band_row
 from .question import LIMITS, Question, runner
+from .trial import Trial
 
-ROW_VERSION = 3
+ROW_VERSION = 4
 """Of what a row holds: a journal with rows of another is not taken."""
 
 
@@ -48,7 +48,7 @@ def plan(task: Mapping[str, Any]) -> dict[str, Any]:
     try:
         _check(question, candidate)
         found = _capacity(question, candidate)
-        row |= _capacity_row(question, candidate, found)
+        row |= {"seeds": list(found.seeds)} | _capacity_row(question, candidate, found)
         if found.rate is not None:
             row |= band_row(question, candidate, found)
             row |= fleet_row(question, candidate, row)
@@ -111,6 +111,7 @@ def _capacity(question: Question, candidate: Candidate) -> Capacity:
         question.seeds,
         tolerance=question.tolerance,
         most_rps=question.most_rps,
+        seeds_at=question.seeds_at,
     )
 
 
@@ -179,13 +180,13 @@ def _closest(question: Question, found: Capacity) -> str:
 def _limit(question: Question, found: Capacity) -> str:
     """What is in the way of more: `TTFT`, `TPOT`, or `throughput` where only the queue grows."""
     assert found.rate is not None
-    beyond = [t for t in found.trials if not keeps(t, question.attainment)]
-    over = [t for t in beyond if t.rate_rps >= found.rate.value]
+    if found.grows:
+        return "throughput"
+    missed = [t for t in found.trials if t.good_share < question.attainment]
+    over = [t for t in missed if t.rate_rps >= found.rate.value]
     if not over:
         return ""
     first = min(over, key=lambda t: (t.rate_rps, t.seed))
-    if first.good_share >= question.attainment:
-        return "throughput"
     return "TTFT" if first.metrics["in_ttft"] <= first.metrics["in_tpot"] else "TPOT"
 
 

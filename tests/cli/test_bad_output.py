@@ -86,10 +86,11 @@ class HalfFull:
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @pytest.mark.parametrize("at", ["open", "write", "fsync", "replace"])
-@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [FULL, DENIED, KeyboardInterrupt()])
 def test_a_write_that_fails_midway(
     case: Case, monkeypatch: pytest.MonkeyPatch, at: str, error: BaseException
 ) -> None:
@@ -109,8 +110,19 @@ def test_a_write_that_fails_midway(
     monkeypatch.undo()
     interrupted = isinstance(error, KeyboardInterrupt)
     assert (status, printed, err.count("\n")) == (130 if interrupted else 2, "", 1)
-    assert ("interrupted" if interrupted else "No space left on device; free space") in err
+    says = "interrupted" if interrupted else f"{getattr(error, 'strerror', '')}; free space, or"
+    assert says in err
     assert snapshot(case.folder) == before
+
+
+@pytest.mark.parametrize("error", [FULL, DENIED])
+def test_a_full_disk_is_found_before_the_work(
+    case: Case, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """Not at the end of a search or a calibration."""
+    monkeypatch.setattr(record.Path, "write_bytes", raising(error))
+    line = case.refused(*case.command("tune", trials=10**9, out=case.folder / "new.json"))
+    assert f"must be writable, got {case.folder / 'new.json'}: {error.strerror}" in line
 
 
 def test_a_link_is_followed_and_a_device_stays(tmp_path: Path) -> None:

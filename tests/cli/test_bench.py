@@ -127,6 +127,22 @@ class TestSuite:
         for step in found[1:]:
             assert "cuda" in step.argv and any("results/nvidia-h200" in w for w in step.argv)
 
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("109 skipped, 1034 deselected in 17 s", "no test ran"),
+            ("SKIPPED [1] a.py:3: triton is not installed\n9 passed, 1 skipped", "a package is"),
+            ("SKIPPED [1] a.py:3: root may write anywhere\n100 passed, 1 skipped", ""),
+        ],
+    )
+    def test_tests_that_were_skipped_prove_nothing(
+        self, tmp_path: Path, text: str, why: str
+    ) -> None:
+        log = tmp_path / "correctness.log"
+        log.write_text(text)
+        assert gpu_suite.proves_nothing(log).startswith(why)
+        assert bool(gpu_suite.proves_nothing(log)) == bool(why)
+
     def test_every_step_is_a_command_that_parses(self, run: Run) -> None:
         found = gpu_suite.steps("cpu", Path("x"))[1:]
         found += gpu_suite.steps("cuda", Path("x"))[1:]

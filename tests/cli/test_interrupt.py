@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import make_workload
+from cachetune.core.workload import Content
+from support import make_profile, make_workload
 
 from .file_cases import Case, Run, snapshot
 
@@ -126,6 +127,82 @@ def test_calibrate(tmp_path: Path, start: Start) -> None:
     time.sleep(0.1)
     assert len(started.interrupt()) == 1
     assert not snapshot(tmp_path)
+
+
+def test_run(case: Case, start: Start) -> None:
+    """While it serves: the chunks it has stored are good, and it serves them afterwards."""
+    pytest.importorskip("torch", reason="run needs the runtime")
+    from cachetune.runtime.loaded_model import load_model
+    from cachetune.runtime.machine import device_here
+
+    tiny = load_model("llama-tiny")
+    profile = make_profile(model=tiny.spec).replace(
+        device=device_here(1), model_fingerprint=tiny.fingerprint
+    )
+    ids = {name: tuple(range(64 * i, 64 * i + 64)) for i, name in enumerate("ab")}
+    contents = {name: Content(n_tokens=64, token_ids=t) for name, t in ids.items()}
+
+    def write(n_requests: int) -> None:
+        work = make_workload([("a", "b")] * n_requests, output_tokens=20)
+        requests = tuple(r.replace(suffix_ids=tuple(range(8))) for r in work.requests)
+        work = work.replace(contents=contents, requests=requests)
+        Case.write(case.run, case.folder, profile, work)
+
+    write(3000)
+    store = case.folder / "store"
+    command = case.command("run", model="llama-tiny", store=store, trace=case.folder / "t.json")
+    started = start(*command)
+    started.wait_for(lambda: len(list(store.glob("chunks/*"))) == len(ids))
+    time.sleep(1.0)
+    assert started.interrupt() == []
+    assert not (case.folder / "t.json").exists() and not list(store.glob("chunks/*.tmp"))
+    write(2)
+    status, out, err = case.run(*command)
+    result = json.loads(out.splitlines()[-1])
+    assert (status, result["n_read_failures"], result["n_ended"]) == (0, 0, 2), err
+
+
+BENCHES: dict[str, tuple[str, ...]] = {
+    "demo": ("demo", "--model", "llama-10m"),
+    "grid": ("bench", "grid", "--model", "llama-tiny"),
+    "serve": ("bench", "serve", "--model", "llama-tiny"),
+    "ttft": ("bench", "ttft", "--model", "llama-tiny"),
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_what_measures_leaves_nothing(
+    name: str, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run in an empty folder, where parts would be kept."""
+    pytest.importorskip("torch", reason="they run a model")
+    monkeypatch.chdir(tmp_path)
+    started = start(*BENCHES[name], "--out", tmp_path / "out")
+    started.wait_for(lambda: bool(started.stderr.read_text()))
+    time.sleep(0.2)
+    started.interrupt()
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_while_the_command_line_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cachetune.__main__ as entry
+
+    class Interrupts:
+        """Ctrl-C as soon as that module is looked for."""
+
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "cachetune.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "cachetune.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts, *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        entry.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "cachetune: interrupted\n")
 
 
 def test_bench_quality_goes_on_where_it_stopped(run: Run, tmp_path: Path, start: Start) -> None:

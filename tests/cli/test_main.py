@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,16 @@ def test_same_seed_same_bytes(run: Run, profile: Path) -> None:
     args = [*small(profile), "--noise", 0.1, "--seed"]
     assert run(*args, 3)[1] == run(*args, 3)[1]
     assert run(*args, 3)[1] != run(*args, 4)[1]
+
+
+def test_a_thousand_requests_in_ten_seconds(run: Run, profile: Path) -> None:
+    """Of CPU, on one core: eight chunks each, 32 tokens out, the command as a user calls it."""
+    started = time.process_time()
+    status, out, _ = run("simulate", "--profile", profile, "--requests", 1000, "--rate", 5)
+    seconds = time.process_time() - started
+    result = json.loads(out.splitlines()[-1])
+    assert status == 0 and result["n_ended"] == 1000
+    assert seconds <= 10
 
 
 def test_set_reaches_the_engine(run: Run, profile: Path) -> None:

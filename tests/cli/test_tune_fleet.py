@@ -80,6 +80,10 @@ def test_a_trace_that_is_not_there(run: Run, tmp_path: Path) -> None:
     assert status == 2 and err.count("\n") == 1 and "none.jsonl" in err
 
 
-def test_tune_alone_still_asks_for_a_machine(run: Run) -> None:
+def test_tune_alone_asks_for_a_machine_and_says_so(run: Run) -> None:
     status, _, err = run("tune", "--tier", "dram")
     assert status == 2 and "--profile" in err and err.count("\n") == 1
+    status, said, _ = run("tune", "--help")
+    lines = [line for line in said.splitlines() if "--profile" in line or "--tier" in line]
+    assert status == 0 and len(lines) == 2
+    assert all(line.startswith("│ *") or "[required]" in line for line in lines), lines

@@ -88,6 +88,16 @@ def test_chunk_order_loads_all_layers_of_a_chunk_at_once():
         assert restore.deps == (0, 1, 2)
 
 
+def test_chunk_order_loads_a_row_that_only_the_last_layers_want():
+    """One row in two of four layers is less than a row per layer; it is restored all the same."""
+    plan = plan_of(1.0, 0.5, load_order="chunk", layer_group=1)
+    ops = flat(lowered(plan, (64, 2)))
+    rows = {op.chunks: op.n_tokens for op in ops if op.kind == "load"}
+    assert rows[1,] == 0 and set(rows) == {(0,), (1,)}
+    restored = [op.layer_start for op in ops if op.kind == "restore" and 1 in op.chunks]
+    assert restored == [2, 3]
+
+
 @pytest.mark.parametrize("look_ahead", [1, 2, 3])
 def test_loads_run_at_most_look_ahead_groups_before_compute(look_ahead: int):
     ops = flat(lowered(plan_of(layer_group=1, look_ahead=look_ahead)))

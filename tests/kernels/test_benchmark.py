@@ -54,13 +54,23 @@ def test_spread_is_of_the_runs_after_the_warm_up() -> None:
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda c: c.kernel)
 def test_peers_compute_the_case(case: KernelCase) -> None:
     """Otherwise the reference would get no speed here."""
-    found = list(benchmark.time_case(case, "cpu", CEILINGS, peers=True, n=2))
+    found = list(benchmark.time_case(case, "cpu", CEILINGS, peers=False, n=2))
     assert isinstance(found[0], Timing), found[0]
     assert found[0].contender.startswith(benchmark.REFERENCE)
     assert not [f for f in found if isinstance(f, Trouble)]
     others = {f.contender: f for f in found[1:]}
     assert others["copy of as many bytes"].fraction_of_limit is None
     assert (len(others) == 1) == found[0].contender.endswith("no peer to check it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ONE_EACH[:4], ids=lambda c: c.kernel)
+def test_compiled_peers_compute_the_case(case: KernelCase) -> None:
+    """Here too, where a C++ compiler is; it takes its time."""
+    found = {f.contender: f for f in benchmark.time_case(case, "cpu", CEILINGS, peers=True, n=2)}
+    compiled = {name for name, p in peers.peers_of(case, "cpu").items() if p.compiled}
+    assert compiled and not [f for f in found.values() if isinstance(f, Trouble)]
+    assert compiled <= set(found)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +81,7 @@ def test_a_red_reference_gets_no_speed(case: KernelCase) -> None:
         first, *rest = case.reference(x)
         return (first + 1, *rest)
 
-    found = list(benchmark.time_case(replace(case, reference=broken), "cpu", CEILINGS, peers=True))
+    found = list(benchmark.time_case(replace(case, reference=broken), "cpu", CEILINGS, peers=False))
     assert isinstance(found[0], Trouble) and "DISAGREES" in found[0].why
     wrong = [f for f in found[1:] if isinstance(f, Trouble)]
     assert wrong and all("WRONG RESULT" in f.why for f in wrong)
@@ -82,7 +92,7 @@ def test_a_peer_that_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no kernel image")
 
     broken = {"other": peers.Peer(explode)}  # type: ignore[arg-type]
-    monkeypatch.setattr(benchmark, "peers_of", lambda case, device: broken)
+    monkeypatch.setattr(benchmark, "peers_of", lambda case, device, compiled: broken)
     (*_, told) = benchmark.time_case(ONE_EACH[0], "cpu", CEILINGS, peers=True, n=2)
     assert isinstance(told, Trouble) and "no kernel image" in told.why
 
@@ -100,3 +110,7 @@ def test_goals_are_those_of_the_shape() -> None:
     assert by_name["sparse_attention/d128_g4_one"] == (0.6, 0.8)
     assert by_name["restore/k4_v4"] == by_name["pack/channel4"] == (0.6, 0.8)
     assert by_name["deviation/d128"] == (None, None)
+    many = next(c for c in FULL if c.name == "sparse_attention/d128_g4")
+    one = next(c for c in FULL if c.name == "sparse_attention/d128_g4_one")
+    assert benchmark.goals(many, peers.FLEX) == (1.0, 1.2)
+    assert benchmark.goals(one, peers.FLEX) == benchmark.goals(many, "ours?") == (None, None)

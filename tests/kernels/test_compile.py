@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed; there is nothing to compile")
 
+from cachetune.kernels.registry import all_cases
+
 
 def run_check(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
@@ -21,6 +23,15 @@ def test_one_case_per_kernel_compiles_clean() -> None:
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     for arch in ("sm_80", "sm_90", "sm_100"):
         assert arch in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_case_compiles_clean() -> None:
+    run = run_check("--all")
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+    told = {line.split()[0] for line in run.stdout.splitlines() if "sm_100" in line}
+    assert told == {case.name for case in all_cases() if not case.tiny}
 
 
 def test_interpreter_mode_is_refused() -> None:

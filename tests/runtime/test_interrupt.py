@@ -22,9 +22,10 @@ from . import model_cases as cases
 from .model_cases import TIERS, prompt_workload, tokens
 
 SCRIPT = """
-import sys, threading
+import faulthandler, signal, sys, threading
 from pathlib import Path
 
+faulthandler.register(signal.SIGUSR1, all_threads=True)
 from {package} import model_cases as cases
 from cachetune.runtime.runner import Runner
 
@@ -61,6 +62,17 @@ def start(folder: Path) -> subprocess.Popen[str]:
     )
 
 
+def ended(process: subprocess.Popen[str], within_s: float = 60) -> tuple[str, str]:
+    """What it printed; where it stood if it does not end. It is gone afterwards."""
+    try:
+        return process.communicate(timeout=within_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        process.kill()
+        return process.communicate()
+
+
 def test_ctrl_c_leaves_a_store_that_opens_clean(tmp_path: Path) -> None:
     process = start(tmp_path)
     assert process.stdout is not None
@@ -68,7 +80,7 @@ def test_ctrl_c_leaves_a_store_that_opens_clean(tmp_path: Path) -> None:
         pass
     time.sleep(random.Random().uniform(0.0, 0.3))  # anywhere in a round: each must do
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
+    out, errors = ended(process)
     assert process.returncode == 130, line + out + errors
     assert "interrupted, threads left: []" in out, out + errors
     loaded, _ = cases.make_twins("llama")

@@ -1,15 +1,21 @@
-"""Every single-bit flip of a small chunk file: header, first and last blob, each bit in turn."""
+"""Every single-bit flip of a small chunk file: header, first and last blob, each bit in turn.
+
+Once of values as they are, once of codes of three bits, whose groups end at an odd place.
+"""
 
 from __future__ import annotations
 
 import os
 import random
-from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from cachetune.core.layout import blob_bytes, group_bytes
+from cachetune.core.model_spec import STORED_BITS, ModelSpec
+from cachetune.kernels.packing import Per, pack, unpack
 from cachetune.runtime.chunk_store import ChunkCorrupt, ChunkStore
+from torch import Tensor
 
 from ..runtime import store_cases as cases
 from .soak_log import SOAKS, Counts, Soak
@@ -50,7 +56,7 @@ def is_found(store: ChunkStore, key: str, layer: int | None) -> bool:
     return False
 
 
-def flips_round(store: ChunkStore, key: str, chunk: cases.Chunk, number: int) -> Counts:
+def flips_round(store: ChunkStore, key: str, true: tuple[Tensor, Tensor], number: int) -> Counts:
     """All eight bits of this round's share of the bytes, which lie anywhere in the regions."""
     path = cases.chunk_file(store, key)
     good = path.read_bytes()
@@ -66,7 +72,7 @@ def flips_round(store: ChunkStore, key: str, chunk: cases.Chunk, number: int) ->
             for bit in range(8):
                 os.pwrite(fd, bytes([good[at] ^ 1 << bit]), at)
                 if padding:  # behind the last checksum: no row lies there
-                    assert cases.holds(store, key, chunk, "disk"), f"byte {at} bit {bit}"
+                    assert holds(store, key, true), f"byte {at} bit {bit}"
                 else:
                     assert is_found(store, key, layer), f"byte {at} bit {bit} went unseen"
                 counts[f"{kind}_flips"] += 1
@@ -74,14 +80,43 @@ def flips_round(store: ChunkStore, key: str, chunk: cases.Chunk, number: int) ->
     finally:
         os.close(fd)
         path.write_bytes(good)
-    assert cases.holds(store, key, chunk, "disk")
+    assert holds(store, key, true)
     return counts
 
 
+def expected(model: ModelSpec, chunk: cases.Chunk) -> tuple[Tensor, Tensor]:
+    """What reading gives back: K and V as they were put, or what packing makes of them."""
+    k, v = chunk.k[:, chunk.order], chunk.v[:, chunk.order]
+    if model.stored == "native":
+        return k, v
+    return _packed(k, model, "channel"), _packed(v, model, "token")
+
+
+def _packed(x: Tensor, model: ModelSpec, per: Per) -> Tensor:
+    bits = STORED_BITS[model.stored]
+    return torch.stack([unpack(pack(layer, bits, per), x.dtype) for layer in x])
+
+
+def holds(store: ChunkStore, key: str, true: tuple[Tensor, Tensor]) -> bool:
+    """Whether the file gives that back."""
+    return all(map(torch.equal, cases.read_all(store, key, "disk"), true))
+
+
 def test_every_bit(soak: Soak, tmp_path: Path) -> None:
-    store = cases.open_store(tmp_path, cases.make_model("bfloat16"))
-    chunk = cases.make_chunk(store.model, N_TOKENS)
-    key = cases.put(store, "a", chunk)
-    one_round = partial(flips_round, store, key, chunk)
+    native = cases.make_model("bfloat16")
+    models = (native, native.replace(stored="int3", head_dim=16))
+    stores = [cases.open_store(tmp_path / m.stored, m) for m in models]
+    chunks = [cases.make_chunk(m, N_TOKENS) for m in models]
+    keys = [cases.put(store, "a", chunk) for store, chunk in zip(stores, chunks, strict=True)]
+    trues = [expected(m, chunk) for m, chunk in zip(models, chunks, strict=True)]
+
+    def one_round(number: int) -> Counts:
+        return {
+            f"{store.model.stored}_{name}": count
+            for store, key, true in zip(stores, keys, trues, strict=True)
+            for name, count in flips_round(store, key, true, number).items()
+        }
+
     soak.run("bitflips", "tests/soak/test_soak_bitflips.py", one_round)
-    store.close()
+    for store in stores:
+        store.close()

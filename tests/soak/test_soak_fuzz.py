@@ -22,6 +22,7 @@ from support import COEFFICIENTS_S, make_tier
 
 from ..runtime import model_cases as cases
 from ..simulator import test_metamorphic as metamorphic
+from .kill_cases import FORMATS
 from .soak_log import Counts, Soak
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -141,8 +142,12 @@ def real_round(folder: Path, loaded: LoadedModel, twin: Any, seed: int) -> Count
     workload, (plan, exact) = random_workload(draw), random_plan(draw)
     before = set(threading.enumerate())
     tokens = 16 * draw.randint(32, 120)
-    store = folder / str(seed)
-    with Runner(loaded, store, cases.TIERS, kv_capacity_tokens=tokens, seed=seed) as runner:
+    store, stored = folder / str(seed), FORMATS[seed % len(FORMATS)]
+    if stored != "native":  # what was stored is not exact: compare with what else reads it
+        exact = plan.policy == "full_recompute"
+    with Runner(
+        loaded.stored_as(stored), store, cases.TIERS, kv_capacity_tokens=tokens, seed=seed
+    ) as runner:
         runner.prepare(workload, plan, draw.choice(["dram", "file"]))
         chunks = parts_of(workload, 0)[:-1]
         if chunks and draw.random() < 0.3:
@@ -160,6 +165,7 @@ def real_round(folder: Path, loaded: LoadedModel, twin: Any, seed: int) -> Count
             "requests": len(workload.requests),
             "spans": len(result.timeline.spans),
             "tokens_reused": sum(result.n_reused_tokens.values()),
+            "packed_rounds": int(stored != "native"),
             "batch_max": max(len(s.op.request_ids) for s in result.timeline.spans),
         }
         if exact or plan.policy != "cacheblend":  # which selects by values that rounding may move

@@ -1,4 +1,8 @@
-"""kill -9 at random moments of ingest, evict, place, discard, serve and of opening itself."""
+"""kill -9 at random moments of ingest, evict, place, discard, serve and of opening itself.
+
+Five stores live through it side by side, one per stored format: values as they are, and codes of
+8, 4, 3 and 2 bits.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import mmap
 import random
 import signal
 import time
+from collections import Counter
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,8 +22,6 @@ from cachetune.runtime.loaded_model import LoadedModel
 from ..runtime import model_cases as cases
 from . import kill_cases
 from .soak_log import Counts, Soak
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 
 def kill_one(root: Path, loaded: LoadedModel, number: int, draw: random.Random) -> str:
@@ -52,9 +55,14 @@ def kill_one(root: Path, loaded: LoadedModel, number: int, draw: random.Random) 
 
 @torch.inference_mode()
 def kill_round(root: Path, loaded: LoadedModel, number: int) -> Counts:
-    """One kill, then everything is checked, and the store serves."""
+    """One kill, then everything is checked, and the store serves; formats change every 5 rounds,
+    which is how many acts a process may be set on."""
     draw = random.Random(number)
+    stored = kill_cases.FORMATS[number // 5 % len(kill_cases.FORMATS)]
+    root, loaded = root / stored, loaded.stored_as(stored)
     counts: Counts = {f"killed_in_{name}": 0 for name in kill_cases.PHASES}
+    counts |= {f"rounds_{name}": 0 for name in kill_cases.FORMATS}
+    counts[f"rounds_{stored}"] = 1
     counts[f"killed_in_{kill_one(root, loaded, number, draw)}"] = 1
     with kill_cases.open_runner(loaded, root) as runner:
         repairs = runner.store.repairs
@@ -70,6 +78,20 @@ def kill_round(root: Path, loaded: LoadedModel, number: int) -> Counts:
     return counts
 
 
+def test_ten_kills(tmp_path: Path) -> None:
+    """Of a full run the first in each format, and every act twice."""
+    torch.set_num_threads(1)
+    loaded, _ = cases.make_twins("llama")
+    total = Counter[str]()
+    for number in range(0, 60, 6):
+        total.update({k: int(v) for k, v in kill_round(tmp_path, loaded, number).items()})
+    assert sum(total[f"killed_in_{name}"] for name in kill_cases.PHASES) == 10
+    assert all(total[f"rounds_{stored}"] == 2 for stored in kill_cases.FORMATS)
+    assert total["reads"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_kills(soak: Soak, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     loaded, _ = cases.make_twins("llama")

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from cachetune.core.errors import CacheTuneError
 from cachetune.core.rng import rng
-from cachetune.tuner.attainment import BATCHES, Attainment, Trial, verdict
+from cachetune.tuner.attainment import Attainment
 from cachetune.tuner.capacity import find_capacity, ratio
+from cachetune.tuner.trial import BATCHES, Trial, verdict
 
 SERVICE_S = 0.1
 
 
-def told(rate_rps: float, seed: int, good: np.ndarray, stable: bool = True) -> Trial:
+def told(rate_rps: float, seed: int, good: np.ndarray, behind: float = 0.0) -> Trial:
     batches = np.array_split(good, BATCHES)
     each = tuple(int(b.sum()) for b in batches), tuple(len(b) for b in batches)
-    return Trial(rate_rps, seed, float(good.mean()), stable, *each)
+    return Trial(rate_rps, seed, float(good.mean()), behind, *each)
 
 
 def mm1(
@@ -38,7 +39,7 @@ def mm1(
         work = rng(seed, "work").exponential(size=n) * service_s
         walk = np.cumsum(np.concatenate([[0.0], work[:-1] - gaps[1:]]))
         sojourn = walk - np.minimum.accumulate(walk) + work  # Lindley's recursion, unrolled
-        trial = told(rate_rps, seed, sojourn[n // 5 :] <= slo_s, rate_rps * service_s < 1)
+        trial = told(rate_rps, seed, sojourn[n // 5 :] <= slo_s, rate_rps * service_s - 1)
         return replace(trial, n_whole=n_whole)
 
     return evaluate
@@ -90,8 +91,8 @@ def test_seeds_that_cannot_turn_a_rate_do_not_run():
     assert [seed for rate, seed in seen if rate == 2.0] == [0]  # far below: the first will do
     bad, good = (told(1.0, 0, np.full(100, g)) for g in (False, True))
     assert verdict([bad], 0.9, 5) is False and verdict([good], 0.9, 5) is None
-    assert verdict([good, told(1.0, 1, np.full(100, True), stable=False)], 0.9, 2) is False
-    assert verdict([good, told(1.0, 1, np.full(100, True), stable=False)], 0.5, 2) is True
+    assert verdict([good, told(1.0, 1, np.full(100, True), behind=0.2)], 0.9, 2) is False
+    assert verdict([good, told(1.0, 1, np.full(100, True), behind=0.09)], 0.5, 2) is True
 
 
 def test_failures_that_are_spread_evenly_count_as_independent():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cachetune.core.errors import PlanError
+from cachetune.cli.bench_grid import kept
+from cachetune.core import record
+from cachetune.core.errors import CacheTuneError, PlanError
 from cachetune.core.plan import ReusePlan
 from cachetune.core.workload import Workload
 from cachetune.tuner import grid as grid_module
@@ -172,3 +176,36 @@ def test_a_broken_file_is_said(
 def test_a_list_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="list must be readable"):
         read_list(tmp_path / "none.json")
+
+
+def test_a_full_disk_keeps_what_was_measured(
+    run: Run, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_fit = 6
+
+    def open_while_it_fits(path: Path, mode: str, **more: Any) -> Any:
+        if mode == "a" and FakeBench.n_calls > n_fit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open(path, mode, **more)
+
+    monkeypatch.setattr(record, "open", open_while_it_fits, raising=False)
+    with pytest.raises(CacheTuneError, match=r"must be writable, got .*No space left") as e:
+        run()
+    monkeypatch.delattr(record, "open")
+    assert "\n" not in str(e.value)
+    kept_rows = read_rows(paths[1])
+    assert 0 < len(kept_rows) < 4 * N_PLANS
+    run()
+    assert len(read_rows(paths[1])) == 4 * N_PLANS
+
+
+def test_a_tier_s_result_is_of_its_settings(tmp_path: Path) -> None:
+    path, asked = tmp_path / "mid.result.json", {"seed": 1, "trials": 20}
+    assert kept(path, asked) is None
+    path.write_text(json.dumps({"settings": asked, "tier": "mid"}))
+    assert kept(path, asked) == {"tier": "mid"}
+    for text in (json.dumps({"settings": {"seed": 2, "trials": 20}}), "{}", "[]", '{"tier'):
+        path.write_text(text)
+        with pytest.raises(CacheTuneError, match=r"mid.result.json of another seed") as e:
+            kept(path, asked)
+        assert "\n" not in str(e.value)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from cachetune.calibration.probes import Library, Shape
 from cachetune.core.chunk_index import ChunkIndex
 from cachetune.core.layout import n_reads, read_bytes
 from cachetune.core.ops import Span
-from cachetune.core.plan import RatioRule, ReusePlan
+from cachetune.core.plan import RatioRule, ReusePlan, SelectorName
 from cachetune.core.policies import n_recomputed
 from cachetune.core.workload import Workload
 from cachetune.tuner.measure import Bench
@@ -225,13 +225,34 @@ def test_epic_tokens(runner: Runner, work: Workload, tokens: int) -> None:
     assert found.rows == [SUFFIX + (N_CHUNKS - 1) * tokens] * N_LAYERS
 
 
-@pytest.mark.parametrize("selector", ["low_pass", "chunk_start", "random"])
+def test_ratio_per_prompt_length(runner: Runner, work: Workload) -> None:
+    """The first rule that the whole prompt fits is the one that holds."""
+    for limit, ratio in ((PROMPT, 0.75), (PROMPT - 1, 0.25)):
+        rules = (
+            RatioRule(max_prompt_tokens=limit, ratios=(0.75,)),
+            RatioRule(ratios=(0.25,)),
+        )
+        found = run(runner, work, ReusePlan(rules=rules))
+        assert found.rows == [rows_with(ratio)] * N_LAYERS
+
+
+@pytest.mark.parametrize("selector", get_args(SelectorName))
 def test_selector_is_the_stored_order(runner: Runner, work: Workload, selector: str) -> None:
     plan = plan_of(selector=selector)
     runner.prepare(work, plan, "dram")
     entries = runner.index(plan, "dram").lookup(work.requests[0].chunks)
     orders = [runner.store.order(e.key) for e in entries if e is not None]
     assert len(orders) == N_CHUNKS
+    assert all(sorted(order.tolist()) == list(range(N)) for order in orders)
+    others = [s for s in get_args(SelectorName) if s != selector]
+    for other in others:
+        runner.prepare(work, plan_of(selector=other), "dram")
+        entries = runner.index(plan_of(selector=other), "dram").lookup(work.requests[0].chunks)
+        assert any(
+            runner.store.order(e.key).tolist() != order.tolist()
+            for e, order in zip(entries, orders, strict=True)
+            if e is not None
+        )
     if selector == "chunk_start":  # least critical first: the last token leads
         assert orders[0].tolist() == list(range(N - 1, -1, -1))
     assert run(runner, work, plan).rows == [rows_with(0.25)] * N_LAYERS

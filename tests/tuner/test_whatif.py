@@ -11,6 +11,7 @@ import pytest
 from cachetune.core.catalogue import Catalogue, load_catalogue
 from cachetune.core.errors import CacheTuneError, ProfileError, WorkloadError
 from cachetune.core.machine_spec import compose
+from cachetune.core.memory_sum import NCCL_BYTES
 from cachetune.core.model_presets import model_preset
 from cachetune.core.model_spec import ModelSpec
 from cachetune.core.rng import rng
@@ -19,12 +20,13 @@ from cachetune.core.workload import Slo
 from cachetune.simulator.gpu_sheet import gpu_sheet
 from cachetune.tuner.candidate import HOST_BYTES, Candidate, data_sheet_of, kernels_of, sheet_of
 from cachetune.tuner.capacity import find_capacity
-from cachetune.tuner.evaluate import BEHIND_MAX, RunLength, evaluate, falls_behind
+from cachetune.tuner.evaluate import RunLength, evaluate, falls_behind
 from cachetune.tuner.fleet_size import fewest, fleet_row
+from cachetune.tuner.overload import BEHIND_MAX
 from cachetune.tuner.question import Question, runner
 from cachetune.tuner.sensitivity import KNOBS, changes, default_changes
 from cachetune.tuner.trace_study import Space, StudyQuestion, front, trace_study
-from cachetune.tuner.traffic import Traffic, rate_of, traffic_of
+from cachetune.tuner.traffic import Traffic, apart, rate_of, traffic_of
 from cachetune.tuner.warm_start import latest_first, warm_snapshot
 from cachetune.tuner.whatif import best, pareto, plan, task_of
 
@@ -70,6 +72,15 @@ def test_runs_at_all_rates_see_the_same_requests(text: str):
     ).any()
     for table in (slow, fast, traffic.replace(shared=0.5).table(200, 1.0, 5)):
         table.check()
+
+
+def test_windows_that_show_nothing_new_do_not_run(bursty: Traffic, model: ModelSpec):
+    """A window of 400 of 600 requests judges 53 %: three of them see all, five of 150 do not."""
+    length = RunLength(horizon_s=100, min_requests=100, max_requests=400)
+    question = Question(model=model, slo=SLO, traffic=bursty, length=length)
+    assert apart([0]) == 1.0 and apart([0, 1, 2]) == pytest.approx(0.382, abs=1e-3)
+    assert question.seeds_at(4.0) == (0, 1, 2) and question.seeds_at(1.0) == (0, 1, 2, 3, 4)
+    assert question.replace(traffic=RAG).seeds_at(4.0) == question.seeds
 
 
 def test_sharing_less_makes_more_different_chunks():
@@ -178,7 +189,7 @@ def test_a_bursty_trace_s_capacity_is_where_its_queue_grows(
         model=model, slo=slo, attainment=0.95, traffic=bursty, seeds=(0,), tolerance=0.05,
         kernel_band=False, length=RunLength(horizon_s=60, min_requests=200, max_requests=800),
     )  # fmt: skip
-    assert question.runs.horizon_s == pytest.approx(2000) and question.runs.min_requests == 600
+    assert question.runs.horizon_s == pytest.approx(400) and question.runs.min_requests == 600
 
     def carried(gpu: str, policy: str, n_replicas: int = 1) -> float:
         candidate = Candidate(machine=compose(catalogue, gpu), policy=policy)
@@ -209,10 +220,13 @@ def test_a_model_too_large_for_a_gpu_fits_in_two_stages(catalogue: Catalogue):
     row = plan(task_of(question, two))
     assert row["why_not"] == "" and row["name"].startswith("2xH200-SXM pp2")
     assert row["usd_per_h"] == 2 * one.machine.usd_per_h and row["capacity_rps"] > 0
-    weights = {item["what"]: item["n_bytes"] for item in row["memory"]}["weights"]
-    assert -weights == large.n_params  # bytes: two for each weight, half of them in a stage
+    memory = {item["what"]: item["n_bytes"] for item in row["memory"]}
+    assert -memory["weights"] == large.n_params  # bytes: two a weight, half of them in a stage
+    assert memory["NCCL buffers"] == -NCCL_BYTES
     four = two.replace(machine=compose(catalogue, "H200-SXM", n_gpus=4))
     assert four.gpus_per_stage == 2 and four.name.startswith("4xH200-SXM pp2")
+    both = {item.what: item.n_bytes for item in four.memory(large).items}
+    assert both["NCCL buffers"] == -2 * NCCL_BYTES  # one group of a stage, one of the stages
     assert four.memory(large).kv_tokens > two.memory(large).kv_tokens
     alone = two.replace(stages=1)  # tensor parallel: as much memory, another cost
     assert alone.memory(large).kv_tokens == pytest.approx(two.memory(large).kv_tokens, rel=0.05)
