@@ -20,7 +20,6 @@ from ..core.executor import execute
 from ..core.hardware import HardwareProfile
 from ..core.ops import OpKind, Schedule
 from ..core.timeline import Timeline
-from ..core.units import ceil_div
 from ..simulator.executor import SimExecutor
 from .align import ms_by_kind
 from .calibrate import PROBED_RHO, open_runner
@@ -36,8 +35,8 @@ TTFT_MEDIAN_BOUND = 0.05
 TTFT_P95_BOUND = 0.12
 OP_MEDIAN_BOUND = 0.08
 
-SPEED_EVERY = 2
-"""Every second probe of calibration tells the speed."""
+PROBES_BETWEEN = 2
+"""Between two schedules: all of calibration's probes have run again within about half a minute."""
 
 
 @dataclass
@@ -113,11 +112,11 @@ def check(
         tell = on_predicted or (lambda prediction: None)
         for one in held:
             tell(one.as_calibrated())
-        speed = Speed(profile, runner, known[::SPEED_EVERY], progress)
+        speed = Speed(profile, runner, known, progress)
         factors: dict[OpKind, list[float]] = {}
         for turn in range(n_repeats + 1):
             for i, one in enumerate(held):
-                for _ in range(ceil_div(len(speed), len(held))):
+                for _ in range(PROBES_BETWEEN):
                     speed.step()
                 if turn == 0:
                     one.run()

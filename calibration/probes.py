@@ -155,10 +155,11 @@ def batch_ladder(library: Library, tiers: Sequence[str], shapes: Sequence[Shape]
 
 
 def decode_ladder(library: Library, tier: str, max_tokens: int) -> list[Probe]:
-    """Batches and contexts for decode steps."""
+    """Batches and contexts for decode steps; the longest prompts in small batches."""
     probes = []
     for batch in (1, 2, 4, 8):
-        for size in (max_tokens // 16, max_tokens // 4):
+        sizes = (max_tokens // 16, max_tokens // 4, max_tokens - 16)
+        for size in sizes if batch < 4 else sizes[:2]:
             shape = Shape(1, max(16, size), 16)
             workload = library.workload(shape, batch, DECODE_STEPS)
             name = f"decode.{batch}x{size}"

@@ -30,7 +30,8 @@ class Speed:
 
     Args:
         profile: as it was calibrated.
-        probes: some of those that calibrated it, of tiers that are fast enough to be run often.
+        probes: those that calibrated it. Of others, or of some of them, what they take would differ
+            from the profile by more than the machine's speed.
     """
 
     def __init__(
@@ -59,9 +60,6 @@ class Speed:
         for i in range(len(self._probes)):
             self.step()
             tell("speed", len(self._probes) + i + 1, 2 * len(self._probes))
-
-    def __len__(self) -> int:
-        return len(self._probes)
 
     def step(self) -> None:
         """Run the next probe."""

@@ -64,7 +64,9 @@ def test_peers_compute_the_case(case: KernelCase) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ONE_EACH[:4], ids=lambda c: c.kernel)
+@pytest.mark.parametrize(
+    "case", [benchmark.smaller(c, 128) for c in representatives()[:4]], ids=lambda c: c.kernel
+)
 def test_compiled_peers_compute_the_case(case: KernelCase) -> None:
     """Here too, where a C++ compiler is; it takes its time."""
     found = {f.contender: f for f in benchmark.time_case(case, "cpu", CEILINGS, peers=True, n=2)}

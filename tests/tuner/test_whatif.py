@@ -21,7 +21,7 @@ from cachetune.simulator.gpu_sheet import gpu_sheet
 from cachetune.tuner.candidate import HOST_BYTES, Candidate, data_sheet_of, kernels_of, sheet_of
 from cachetune.tuner.capacity import find_capacity
 from cachetune.tuner.evaluate import RunLength, evaluate, falls_behind
-from cachetune.tuner.fleet_size import fewest, fleet_row
+from cachetune.tuner.fleet_size import fleet_row
 from cachetune.tuner.overload import BEHIND_MAX
 from cachetune.tuner.question import Question, runner
 from cachetune.tuner.sensitivity import KNOBS, changes, default_changes
@@ -371,21 +371,6 @@ def test_runs_of_conversations_do_not_show_rates_that_they_cannot(
     assert question.most_rps == 8.0 and question.replace(traffic=RAG).most_rps > 1e4
     row = plan(task_of(question, candidate))
     assert row["capacity_rps"] == 8.0 and row["note"].startswith("at least")
-
-
-@pytest.mark.parametrize(
-    ("least", "guess", "most"), [(1, 1, 4), (7, 40, 90), (40, 7, 90), (9, 9, 9)]
-)
-def test_the_fewest_are_found_with_few_tries(least: int, guess: int, most: int):
-    tried: list[int] = []
-
-    def carries(count: int) -> bool:
-        tried.append(count)
-        return count >= least
-
-    assert fewest(carries, guess, most) == least
-    assert len(set(tried)) == len(tried) <= 12 and max(tried) <= most
-    assert fewest(lambda count: False, guess, most) is None
 
 
 def test_very_many_replicas_are_counted_and_not_simulated(candidate: Candidate, model: ModelSpec):
