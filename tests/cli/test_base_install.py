@@ -1,9 +1,8 @@
-"""What needs the extra `runtime`, where there is only the base install: one line, what to install."""
+"""What needs the extra `runtime` says so in one line where there is only the base install."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,13 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "xxhash")
 
 
 @pytest.fixture
-def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def base(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if none were there: our modules that hold them, too, are imported anew."""
     for name in list(sys.modules):
         if name.split(".")[0] in PACKAGES or name.startswith("cachetune.runtime."):
             monkeypatch.delitem(sys.modules, name)
     for name in PACKAGES:
         monkeypatch.setitem(sys.modules, name, None)
-    yield
 
 
 @pytest.mark.usefixtures("base")
@@ -49,8 +47,8 @@ def test_a_command_that_needs_more(
 def test_what_is_missing_of_ours_keeps_its_traceback(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    from cachetune.cli.main import main
+
     monkeypatch.setitem(sys.modules, "cachetune.core.record", None)
     with pytest.raises(ModuleNotFoundError):
-        from cachetune.cli.main import main
-
         main(["schema", "plan"])
