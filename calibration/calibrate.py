@@ -113,7 +113,7 @@ def open_runner(
 def calibrate(
     loaded: LoadedModel, settings: Settings, progress: Progress | None = None
 ) -> HardwareProfile:
-    """Probe, fit, assemble. Takes about `n_repeats` x 64 prompts of up to `max_tokens`."""
+    """Probe, fit, assemble. Takes about `n_repeats` x 88 prompts of up to `max_tokens`."""
     from ..runtime.machine import device_here, provenance_here
     from ..runtime.runner import Runner
 
