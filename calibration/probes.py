@@ -155,15 +155,20 @@ def batch_ladder(library: Library, tiers: Sequence[str], shapes: Sequence[Shape]
 
 
 def decode_ladder(library: Library, tier: str, max_tokens: int) -> list[Probe]:
-    """Batches and contexts for decode steps; the longest prompts in small batches."""
+    """Batches and contexts for decode steps; the longest contexts after all were computed, too.
+
+    Steps behind a long prefill are faster by a fifth than those behind loads.
+    """
+    shapes = [(n, size) for n in (1, 2, 4, 8) for size in (max_tokens // 16, max_tokens // 4)]
+    reuse, recompute = plan_with("full_reuse", 0.0), plan_with("full_recompute", 1.0)
+    cases = [(reuse, n, size) for n, size in shapes]
+    cases += [(plan, n, max_tokens - 16) for plan in (reuse, recompute) for n in (1, 2)]
     probes = []
-    for batch in (1, 2, 4, 8):
-        sizes = (max_tokens // 16, max_tokens // 4, max_tokens - 16)
-        for size in sizes if batch < 4 else sizes[:2]:
-            shape = Shape(1, max(16, size), 16)
-            workload = library.workload(shape, batch, DECODE_STEPS)
-            name = f"decode.{batch}x{size}"
-            probes.append(Probe(name, workload, plan_with("full_reuse", 0.0), tier, DECODE_STEPS))
+    for plan, batch, size in cases:
+        shape = Shape(1, max(16, size), 16)
+        workload = library.workload(shape, batch, DECODE_STEPS)
+        name = f"decode.{plan.policy}.{batch}x{size}"
+        probes.append(Probe(name, workload, plan, tier, DECODE_STEPS))
     return probes
 
 
