@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
 
 import pytest
 from cachetune.calibration import fidelity
@@ -18,7 +17,7 @@ N_SCHEDULES, N_REPEATS, MAX_TOKENS = 4, 3, 128
 
 
 def test_a_check_predicts_first_and_follows_the_speed(monkeypatch: pytest.MonkeyPatch):
-    """A profile that says a third of what ops take is put right by the probes in between."""
+    """A profile that says a tenth of what ops take is put right by the probes in between."""
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=128, max_position_embeddings=4096,
@@ -29,7 +28,7 @@ def test_a_check_predicts_first_and_follows_the_speed(monkeypatch: pytest.Monkey
         coefficients={
             name: c
             if name.startswith(("interference", "load", "link", "dispatch"))
-            else c.replace(value=c.value / 3, low=c.low / 3, high=c.high / 3)
+            else c.replace(value=c.value / 10, low=c.low / 10, high=c.high / 10)
             for name, c in profile.coefficients.items()
         }
     )
@@ -55,16 +54,14 @@ def test_a_check_predicts_first_and_follows_the_speed(monkeypatch: pytest.Monkey
     for turn in range(1, N_REPEATS + 1):
         expected += [e for name in names for e in (f"{turn} {name}", f"run {name}")]
     assert events == expected
-    assert 1.5 < drift["prefill"] < 6
-    for p in points:
-        for kind in ("prefill", "head"):
-            assert abs(p.op_error(kind)) < 0.6
-            took = median(p.op_ms_measured[kind])
-            assert p.op_ms_as_calibrated[kind] < 0.75 * took
+    assert 3 < drift["prefill"] < 30
+    assert {len(p.ttft_ms_predicted) for p in points} == {N_REPEATS}
+    assert {len(p.ttft_ms_measured) for p in points} == {N_REPEATS}
     summary = fidelity.summarise(points, drift)
     assert summary["n_points"] == N_SCHEDULES
-    assert summary["by_op"]["prefill"]["error_median"] < 0.5
-    assert summary["as_calibrated"]["by_op"]["prefill"] > 0.3
+    before = summary["as_calibrated"]["by_op"]["prefill"]
+    assert before > 0.6
+    assert summary["by_op"]["prefill"]["error_median"] < 0.75 * before
 
 
 def test_errors_are_medians_over_the_repeats():

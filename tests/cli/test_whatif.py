@@ -195,7 +195,9 @@ def test_a_machine_of_one_s_own_in_pipeline_stages(run: Run, tmp_path: Path):
 
 def test_ctrl_c_keeps_what_was_computed(tmp_path: Path):
     program = "from cachetune.cli import main as m; m.COMMANDS = (*m.COMMANDS, 'whatif')\n"
-    program += "import sys; m.main(sys.argv[1:])"
+    # A shell's background job, and so what it starts, ignores it.
+    program += "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "m.main(sys.argv[1:])"
     argv = [*SMALL, "--policy", "full_recompute,cachetune,epic,full_reuse,prefix_cache"]
     argv += ["--format", "bf16,int8,int4,int2", "--seeds", "4", "--out", str(tmp_path)]
     path = os.pathsep.join(p for p in sys.path if p)

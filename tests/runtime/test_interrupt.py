@@ -26,6 +26,8 @@ import faulthandler, signal, sys, threading
 from pathlib import Path
 
 faulthandler.register(signal.SIGUSR1, all_threads=True)
+# A shell's background job, and so what it starts, ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from {package} import model_cases as cases
 from cachetune.runtime.runner import Runner
 
