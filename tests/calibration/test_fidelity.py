@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from cachetune.calibration import fidelity
 from cachetune.calibration.calibrate import Settings, calibrate
