@@ -51,16 +51,26 @@ def factors_of(profile: HardwareProfile, measured: Sequence[Measured]) -> dict[O
     """
     ratios: dict[OpKind, list[float]] = {}
     for one in measured:
-        simulated = ms_by_kind(execute(Schedule.of(one.ops()), SimExecutor(profile)))
+        simulated = ms_by_kind(simulate_schedule(profile, Schedule.of(one.ops())))
         real = [ms_by_kind(t) for t in one.timelines]
         for kind in ALIGNED:
             if simulated.get(kind, 0.0) > 0.0:
                 took = median(found[kind] for found in real)
                 ratios.setdefault(kind, []).append(took / simulated[kind])
+    return medians(ratios)
+
+
+def medians(ratios: Mapping[OpKind, Sequence[float]]) -> dict[OpKind, float]:
+    """By kind the median; kinds of too few probes follow `prefill`, whose stream they share."""
     return {
         kind: median(found if len(found) >= LEAST_PROBES else ratios.get("prefill", found))
         for kind, found in ratios.items()
     }
+
+
+def simulate_schedule(profile: HardwareProfile, schedule: Schedule) -> Timeline:
+    """One fixed DAG on the simulated executor, without noise."""
+    return execute(schedule, SimExecutor(profile))
 
 
 def ms_by_kind(timeline: Timeline) -> dict[str, float]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..core.hardware import HardwareProfile
 from ..core.plan import ReusePlan
 from ..core.workload import Workload
+from .align import simulate_schedule
 from .collect import run_once
-from .fidelity import simulate_schedule
 from .probes import Probe
 
 if TYPE_CHECKING:

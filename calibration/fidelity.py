@@ -16,12 +16,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..core.executor import execute
 from ..core.hardware import HardwareProfile
-from ..core.ops import OpKind, Schedule
+from ..core.ops import OpKind
 from ..core.timeline import Timeline
-from ..simulator.executor import SimExecutor
-from .align import ms_by_kind
+from .align import ms_by_kind, simulate_schedule
 from .calibrate import PROBED_RHO, open_runner
 from .collect import run_once, ttft_ms
 from .probes import Library, Probe, held_out, ladder
@@ -72,11 +70,6 @@ class Point:
 
 Prediction = dict[str, Any]
 """What is written before a run: schedule, repeat (none: as calibrated), TTFT and ms by op kind."""
-
-
-def simulate_schedule(profile: HardwareProfile, schedule: Schedule) -> Timeline:
-    """One fixed DAG on the simulated executor, without noise."""
-    return execute(schedule, SimExecutor(profile))
 
 
 def check(

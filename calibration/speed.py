@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import TYPE_CHECKING
 
-from ..core.executor import execute
 from ..core.hardware import HardwareProfile
 from ..core.ops import OpKind, Schedule
-from ..simulator.executor import SimExecutor
-from .align import ALIGNED, LEAST_PROBES, ms_by_kind, scaled
-from .collect import run_once
+from .align import ALIGNED, medians, ms_by_kind, scaled, simulate_schedule
+from .collect import Measured, run_once
 from .probes import Probe
 
 if TYPE_CHECKING:
@@ -49,9 +46,8 @@ class Speed:
         self._next = 0
         tell = progress or (lambda what, done, total: None)
         for i, probe in enumerate(self._probes):
-            timeline = run_once(runner, probe, prepare=True)  # a warm-up
-            ops = [s.op for s in sorted(timeline.spans, key=lambda s: s.seq)]
-            simulated = execute(Schedule.of(ops), SimExecutor(profile))
+            warm_up = Measured(probe, [run_once(runner, probe, prepare=True)])
+            simulated = simulate_schedule(profile, Schedule.of(warm_up.ops()))
             self._simulated.append(ms_by_kind(simulated))
             tell("speed", i + 1, 2 * len(self._probes))
         for kind in ALIGNED:
@@ -71,15 +67,8 @@ class Speed:
                 ratios.append(took[kind] / simulated_ms)
 
     def factors(self) -> dict[OpKind, float]:
-        """By kind, the time ops take now over what the profile says.
-
-        Kinds of too few probes follow `prefill`, whose stream they share.
-        """
-        prefill = self._ratios["prefill"]
-        return {
-            kind: median(found if len(found) >= LEAST_PROBES else prefill)
-            for kind, found in self._ratios.items()
-        }
+        """By kind, the time ops take now over what the profile says."""
+        return medians(self._ratios)
 
     def now(self) -> HardwareProfile:
         """The profile at the machine's present speed."""

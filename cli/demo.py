@@ -191,7 +191,7 @@ def _rho(demo: Demo, tier: str) -> float:
 
 def _traces(demo: Demo, plan: ReusePlan, out: Path) -> dict[str, Any]:
     """The same schedule on both executors, as Chrome traces."""
-    from ..calibration.fidelity import simulate_schedule
+    from ..calibration.align import simulate_schedule
     from ..core import invariants
     from ..core.trace import write_chrome
 

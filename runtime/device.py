@@ -38,6 +38,9 @@ URGENT = (COPY_IN, "restore")
 Ranges = Sequence[tuple[int, int]]
 """(first, count) of each."""
 
+SHARED_MASK_BYTES = 64 << 20
+"""The largest mask of a piece of a prompt that is kept from layer to layer."""
+
 
 class DeviceError(CacheTuneError):
     """A device that is not there, or that cannot do what it is asked."""
@@ -227,9 +230,6 @@ class Device:
         """See `kernels.decode_reference.decode_pooled`."""
         return decode_pooled(q, k, v, base, n_keys, scale, window)
 
-
-SHARED_MASK_BYTES = 64 << 20
-"""The largest mask of a piece of a prompt that is kept from layer to layer."""
 
 CPU = Device()
 """The one worker that there is without a pipeline."""

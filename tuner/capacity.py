@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..core.errors import CacheTuneError
 from .attainment import Attainment
 from .rate_search import FIRST_TOLERANCE, RATE_MIN_RPS, Evaluate, RateSearch
-from .trial import Estimate, Trial
+from .trial import Estimate, Trial, verdict
 
 RATE_MAX_RPS = 1e5
 
@@ -53,7 +53,7 @@ class Capacity:
 
 def keeps(trial: Trial, attainment: float) -> bool:
     """Whether enough requests are good and the queue does not grow."""
-    return trial.stable and trial.good_share >= attainment
+    return bool(verdict([trial], attainment, 1))
 
 
 def find_capacity(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cachetune.core.errors import CacheTuneError
 from cachetune.core.rng import rng
+from cachetune.tuner import known_queue
 from cachetune.tuner.attainment import Attainment
 from cachetune.tuner.capacity import find_capacity, ratio
 from cachetune.tuner.trial import BATCHES, Trial, verdict
@@ -30,17 +31,13 @@ def mm1(
     seen: list | None = None,
     n_whole: int | None = None,
 ) -> Callable[[float, int], Trial]:
-    """M/M/1, first come first served: P(sojourn <= x) = 1 - exp(-(mu - rate) x)."""
+    """Runs of a known queue; `seen` takes note of them."""
+    run = known_queue.mm1(n, slo_s, service_s)
 
     def evaluate(rate_rps: float, seed: int) -> Trial:
         if seen is not None:
             seen.append((rate_rps, seed))
-        gaps = rng(seed, "gaps").exponential(size=n) / rate_rps
-        work = rng(seed, "work").exponential(size=n) * service_s
-        walk = np.cumsum(np.concatenate([[0.0], work[:-1] - gaps[1:]]))
-        sojourn = walk - np.minimum.accumulate(walk) + work  # Lindley's recursion, unrolled
-        trial = told(rate_rps, seed, sojourn[n // 5 :] <= slo_s, rate_rps * service_s - 1)
-        return replace(trial, n_whole=n_whole)
+        return replace(run(rate_rps, seed), n_whole=n_whole)
 
     return evaluate
 
