@@ -42,7 +42,7 @@ bench: $(BENCHES:%=build/bench/%)  ## all measurements; a second call goes on wh
 
 build/bench/fidelity: $(READY)
 	$(RUN) cachetune calibrate --max-tokens 512 --repeats 10 --out results/cpu/fidelity/profile.json \
-	  --check --seed $(SEED) --check-repeats 15 --check-out results/cpu/fidelity
+	  --check --seed $(SEED) --check-repeats 25 --check-out results/cpu/fidelity
 	@mkdir -p $(@D) && touch $@
 
 build/bench/%: $(READY)
