@@ -77,7 +77,7 @@ def _heads_first(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def _mask(x: Inputs) -> Tensor:
     """Bool [n_q, n_keys]."""
     at, columns = x["positions"][:, None], torch.arange(x["n_keys"], device=x["q"].device)[None]
-    seen = columns <= at
+    seen: Tensor = columns <= at
     if x["window"] is not None:
         seen = seen & (columns > at - x["window"])
     kept = _kept(x)
@@ -129,13 +129,13 @@ def _flex(x: Inputs) -> Action:
     positions, window, keep = x["positions"], x["window"], _kept(x)
 
     def visible(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        seen = column <= positions[row]
+        seen: Tensor = column <= positions[row]
         if window is not None:
             seen = seen & (column > positions[row] - window)
         return seen if keep is None else seen & keep[column]
 
     sizes = (q.shape[2], k.shape[2])
-    mask = create_block_mask(visible, None, None, *sizes, device=q.device, _compile=True)
+    mask = torch.compile(create_block_mask)(visible, None, None, *sizes, device=q.device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def run() -> tuple[Tensor, ...]:
