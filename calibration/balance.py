@@ -7,7 +7,7 @@ A chunk that is exact at its place may be loaded whole or computed; each way has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -160,10 +160,11 @@ def candidates(
         rest = max(0.0, (n_layers * ratio - 1) / n_rest)
         first = min(1.0, 2 * ratio)
         ahead = {**knobs, "look_ahead": n_layers}
-        for label, wanted in {
+        shapes: dict[str, Iterable[float]] = {
             "first layer whole": [1.0, *([rest] * n_rest)],
             "falling": np.linspace(first, 2 * ratio - first, n_layers),
-        }.items():
+        }
+        for label, wanted in shapes.items():
             ratios = tuple(_whole_groups(float(r), chunk_tokens) for r in wanted)
             plans[label] = _plan(ratios, load_exact, **ahead)
     return plans

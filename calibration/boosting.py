@@ -50,7 +50,7 @@ def fit_residual(
     for _ in range(how.n_trees):
         rows = np.flatnonzero(draws.random(len(y)) < how.row_share)
         pull = np.clip(left, -how.clip, how.clip)
-        asked = range(len(edges))
+        asked: Sequence[int] = range(len(edges))
         if how.column_share < 1:
             n_asked = max(1, round(how.column_share * len(edges)))
             asked = sorted(draws.choice(len(edges), n_asked, replace=False).tolist())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
+from ..core.errors import ProfileError
 from ..core.hardware import Coefficient, FitReport, HardwareProfile, Tier
 from ..core.model_spec import ModelSpec
 from ..core.ops import OpKind
@@ -21,10 +22,13 @@ from .probes import Library, Probe, Shape, ladder, plan_with
 if TYPE_CHECKING:
     from ..runtime.loaded_model import LoadedModel
     from ..runtime.runner import Runner
-    from ..runtime.tiers import TierConfig
+    from ..runtime.tiers import Medium, TierConfig
 
 RHOS = (0.1, 0.7, 4.0, 25.0)
 """Transfer over recompute time per token: an H200 with PCIe, NVMe, 10 Gbps and HDD."""
+
+MEDIA: tuple[Medium, ...] = ("dram", "file", "device")
+"""Tiers as they are that may be measured; DRAM always is."""
 
 PROBED_RHO = 1.0
 """Slower tiers are not probed: their loads follow from the limit."""
@@ -49,17 +53,29 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     """cpu, cuda or cuda:<i>."""
+    media: tuple[Medium, ...] = ("dram", "file")
+    """Tiers as they are, of `MEDIA`."""
+
+    def __post_init__(self) -> None:
+        if "dram" not in self.media or not set(self.media) <= set(MEDIA):
+            raise ProfileError(
+                f"the tiers to calibrate must be of {', '.join(MEDIA)}, dram among them",
+                values=", ".join(self.media) or "none",
+                remedy="name dram and any of the others, each once",
+            )
 
 
-def tier_configs(model: ModelSpec, token_s: float, rhos: Sequence[float]) -> list[TierConfig]:
-    """DRAM and file as they are, and DRAM limited to each rho.
+def tier_configs(
+    model: ModelSpec, token_s: float, rhos: Sequence[float], media: Sequence[Medium] = MEDIA[:2]
+) -> list[TierConfig]:
+    """A tier of each medium as it is, by its name, and DRAM limited to each rho.
 
     Args:
         token_s: seconds to recompute one token at the reference length.
     """
     from ..runtime.tiers import TierConfig
 
-    configs = [TierConfig("dram", "dram"), TierConfig("file", "file")]
+    configs = [TierConfig(medium, medium) for medium in dict.fromkeys(media)]
     for rho in rhos:
         limit = model.kv_bytes_per_token / (rho * token_s)
         configs.append(TierConfig(rho_tier(rho), "dram", limit_bytes_per_s=limit))
@@ -73,7 +89,7 @@ def configs_of(profile: HardwareProfile) -> list[TierConfig]:
     return [
         TierConfig(
             name,
-            "file" if tier.medium == "file" else "dram",
+            "dram" if tier.medium == "remote" else tier.medium,
             limit_bytes_per_s=tier.link_bytes_per_s if tier.limited else None,
             capacity_bytes=tier.capacity_bytes,
         )
@@ -92,7 +108,6 @@ def open_runner(
     Raises:
         ProfileError: the profile was measured with another model.
     """
-    from ..core.errors import ProfileError
     from ..runtime.runner import Runner
 
     if profile.model_fingerprint != loaded.fingerprint:
@@ -121,11 +136,11 @@ def calibrate(
     library = Library(loaded.spec, settings.seed)
     threads = settings.compute_threads
     with tempfile.TemporaryDirectory(prefix="cachetune-") as folder:
-        plain = tier_configs(loaded.spec, 1.0, ())
+        plain = tier_configs(loaded.spec, 1.0, (), settings.media)
         with Runner(loaded, folder, plain, compute_threads=threads, device=settings.device) as r:
             token_s = recompute_s_per_token(r, library, settings)
             loads = measure_media(r, library, [c.name for c in plain], settings.max_tokens)
-        configs = tier_configs(loaded.spec, token_s, settings.rhos)
+        configs = tier_configs(loaded.spec, token_s, settings.rhos, settings.media)
         with Runner(
             loaded, folder, configs, compute_threads=threads, device=settings.device
         ) as runner:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,7 @@ def device_copy(device: str, size: Sizes) -> Ceiling:
     for _ in range(2):
         source = torch.randint(0, 255, (size.copy_bytes,), dtype=torch.uint8, device=device)
         pairs.append((source, torch.zeros_like(source)))
-    took = seconds_of([lambda s=s, t=t: t.copy_(s) for s, t in pairs], device)
+    took = seconds_of([partial(target.copy_, source) for source, target in pairs], device)
     how = f"copy of {size.copy_bytes >> 20} MiB, bytes read and written"
     return Ceiling.of("device_copy", 2 * size.copy_bytes, "B/s", took, how)
 
@@ -152,7 +153,7 @@ def matmul(device: str, dtype: str, size: Sizes) -> Ceiling:
 
     n, kind = size.matmul, getattr(torch, dtype)
     pairs = [[torch.randn(n, n, device=device).to(kind) for _ in range(2)] for _ in range(3)]
-    took = seconds_of([lambda a=a, b=b: a @ b for a, b in pairs], device)
+    took = seconds_of([partial(torch.matmul, a, b) for a, b in pairs], device)
     return Ceiling.of("matmul", 2 * n**3, "flop/s", took, f"{n} x {n} x {n} {dtype}, random")
 
 
@@ -193,7 +194,7 @@ def host_link(device: str, size: Sizes) -> list[Ceiling]:
     table, out = host[0].view(-1, MIB), here[0].view(-1, MIB)
     by_sm = []
     for programs in SM_PROGRAMS:
-        took = seconds_of([lambda p=programs: gather_host(table, rows, out, "kernel", p)], device)
+        took = seconds_of([partial(gather_host, table, rows, out, "kernel", programs)], device)
         by_sm.append(Ceiling.of("h2d_sm", n, "B/s", took, f"{programs} programs, 1-MiB rows"))
     return [*found, max(by_sm, key=lambda c: c.rate)]
 

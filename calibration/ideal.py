@@ -5,6 +5,7 @@ Restoring is left out of the ideal: it moves what loading moves, on a stream of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,6 +50,8 @@ def load_rate(config: TierConfig, ceilings: Mapping[str, Ceiling]) -> tuple[floa
     """Bytes per second that a tier could deliver, and which limit says so."""
     if config.limit_bytes_per_s is not None:
         return config.limit_bytes_per_s, "its limiter"
+    if config.medium == "device":
+        return math.inf, "nothing is moved"
     if config.medium == "file":
         if "disk" in ceilings:
             return ceilings["disk"].rate, "disk"

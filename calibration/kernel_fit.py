@@ -188,8 +188,8 @@ def _coefficients(
         name: Coefficient(
             value=value,
             unit=units[name][0],
-            low=float(min(np.percentile(again[name], 2.5), value)),
-            high=float(max(np.percentile(again[name], 97.5), value)),
+            low=min(float(np.percentile(again[name], 2.5)), value),
+            high=max(float(np.percentile(again[name], 97.5)), value),
         )
         for name, value in values.items()
     }

@@ -237,8 +237,8 @@ def vidur_attention(path: Path, gpu: str, source: str) -> list[KernelTable]:
     """Vidur `attention.csv`, ms: prefill behind a prefix; decode (context without itself)."""
     names = ("prefill_chunk_size", "kv_cache_size", "batch_size", "n_q_head", "n_kv_head", "n_embd")
     frame = read_columns(path, (*names, *_medians("attn_prefill", "attn_decode")), ("is_prefill",))
-    shape = tuple(int(frame[c].iloc[0]) for c in ("n_q_head", "n_kv_head"))
-    whole = (*shape, int(frame.n_embd.iloc[0]) // shape[0])
+    heads, kv_heads, hidden = (int(frame[c].iloc[0]) for c in ("n_q_head", "n_kv_head", "n_embd"))
+    whole = (heads, kv_heads, hidden // heads)
     one, steps = frame[frame.is_prefill.astype(bool)], frame[~frame.is_prefill.astype(bool)]
     prefill, decode = _medians("attn_prefill", "attn_decode")
     return [

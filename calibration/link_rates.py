@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from ..core.units import KIB, MIB
@@ -65,6 +66,6 @@ def host_to_device(total_bytes: int = TOTAL_BYTES) -> list[Pieces]:
         # Every second piece: neighbours would be one copy for the engine.
         rows = 2 * torch.randperm(len(target))
         for path in PATHS:
-            took = seconds_of([lambda p=path, r=rows: gather_host(table, r, target, p)], "cuda")  # noqa: B023
+            took = seconds_of([partial(gather_host, table, rows, target, path)], "cuda")
             found.append(Pieces(size, len(target), path, took))
     return found

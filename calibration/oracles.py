@@ -39,14 +39,15 @@ def ingest_oracles(runner: Runner, record: TaskRecord, tier: str) -> list[str]:
     if record.dependent_tokens is not None:
         names.append(DEPENDENT_FIRST)
     with torch.inference_mode():
-        true_k, true_v = encode(torch.tensor([t for chunk in record.chunks for t in chunk]))
+        true = encode(torch.tensor([t for chunk in record.chunks for t in chunk]))
         start = 0
         for ordinal, chunk in enumerate(record.chunks):
-            k, v = encode(torch.tensor(chunk))
+            alone = encode(torch.tensor(chunk))
+            k, v = alone.host_k, alone.host_v
             stop = start + len(chunk)
             scores = {
-                ORACLE_DEVIATION: _deviation(k, true_k[:, start:stop])
-                + _deviation(v, true_v[:, start:stop])
+                ORACLE_DEVIATION: _deviation(k, true.host_k[:, start:stop])
+                + _deviation(v, true.host_v[:, start:stop])
             }
             if record.dependent_tokens is not None:
                 scores[DEPENDENT_FIRST] = _listed(record.dependent_tokens[ordinal], len(chunk))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..core.plan import ReusePlan
 from ..core.policies import order_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-BASELINE = "full_recompute"
+BASELINE: Final = "full_recompute"
 AT_A_RATIO = ("cacheblend", "epic", "cachetune")
 PREFILLS = ("prefill", "select")
 

@@ -92,7 +92,8 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., VOCAB_SIZE]."""
-        return self.linear(functional.rms_norm(hidden, hidden.shape[-1:]))
+        logits: Tensor = self.linear(functional.rms_norm(hidden, hidden.shape[-1:]))
+        return logits
 
 
 def collate(instances: list[TaskInstance]) -> Batch:

@@ -49,7 +49,8 @@ class Row:
 
     def middle(self, name: str) -> float:
         """Median over the runs, milliseconds."""
-        return median(getattr(run, name) for run in self.runs)
+        times: list[float] = [getattr(run, name) for run in self.runs]
+        return median(times)
 
 
 @dataclass

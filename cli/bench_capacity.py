@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 if TYPE_CHECKING:
+    from ..core.plan import PolicyName
     from ..tuner.candidate import Candidate
     from ..tuner.question import Question
 
@@ -41,7 +42,7 @@ class Case(NamedTuple):
     """A fleet and its service level."""
 
     n_replicas: int
-    policy: str
+    policy: PolicyName
     ttft_ms: float
     tpot_ms: float
     share: float

@@ -118,11 +118,12 @@ def _rows(
 
 
 def _row(found: Timing | Trouble) -> dict[str, Any]:
+    from ..kernels.benchmark import Trouble
+
     row: dict[str, Any] = {"case": found.name, "contender": found.contender}
-    why = getattr(found, "why", None)
-    if why is not None:
+    if isinstance(found, Trouble):
         empty = ("us", "q25", "q75", "GB/s", "Tflop/s", "of_limit")
-        return row | dict.fromkeys(empty) | {"trouble": why}
+        return row | dict.fromkeys(empty) | {"trouble": found.why}
     return row | {
         "us": found.median * 1e6,
         "q25": found.low * 1e6,

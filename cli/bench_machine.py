@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..runtime.chunk_store import ChunkStore
     from ..runtime.loaded_model import LoadedModel
     from ..runtime.runner import Runner
-    from ..runtime.tiers import TierConfig
+    from ..runtime.tiers import Medium, TierConfig
 
 
 def pick_device(device: str) -> str:
@@ -93,7 +93,8 @@ def results_folder(device: str) -> Path:
 
 @contextmanager
 def tier_of(name: str) -> Iterator[TierConfig]:
-    """The tier of that name: `dram`, `file`, `file-cached` or `redis`, with a server of its own.
+    """The tier of that name: `device`, `dram`, `file`, `file-cached` or `redis`, with a server of
+    its own.
 
     Raises:
         CacheTuneError: there is no Redis or Valkey server here.
@@ -103,7 +104,10 @@ def tier_of(name: str) -> Iterator[TierConfig]:
     from ..runtime.tiers import TierConfig
 
     if name != "redis":
-        yield TierConfig(name, "dram" if name == "dram" else "file")
+        medium: Medium = "file"
+        if name in ("device", "dram"):
+            medium = name  # type: ignore[assignment]
+        yield TierConfig(name, medium)
         return
     server = RedisServer.start()
     if server is None:

@@ -17,7 +17,9 @@ _ChunkTokens = Annotated[int, typer.Option(min=16, help="Tokens of a chunk.")]
 _Output = Annotated[int, typer.Option(min=1, help="Tokens of every output.")]
 _Ratios = Annotated[str, typer.Option(help="Recompute ratios, by comma.")]
 _Policies = Annotated[str, typer.Option(help="Policies beside full recompute, by comma.")]
-_Tier = Annotated[str, typer.Option(help="Where the chunks lie: dram, file, file-cached or redis.")]
+_Tier = Annotated[
+    str, typer.Option(help="Where the chunks lie: device, dram, file, file-cached or redis.")
+]
 _Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats; 3 or more for a result.")]
 _IoWorkers = Annotated[int, typer.Option(min=1, max=16, help="I/O streams of a tier.")]
 _Piece = Annotated[int, typer.Option(min=16, help="Chunked prefill: most rows of a piece.")]

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ _Group = Annotated[int, typer.Option(min=1, help="Layers per op.")]
 _IoWorkers = Annotated[int, typer.Option(min=1, max=16, help="I/O streams of a tier.")]
 _Piece = Annotated[int, typer.Option(min=16, help="Chunked prefill: most rows of a piece.")]
 _Policies = Annotated[str, typer.Option(help="Policies beside full recompute, by comma.")]
-_Tiers = Annotated[str, typer.Option(help="Of dram, file, file-cached and redis, by comma.")]
+_Tiers = Annotated[str, typer.Option(help="Of device, dram, file, file-cached, redis, by comma.")]
 _Rhos = Annotated[str, typer.Option(help="Rate-limited tiers, by comma; empty for none.")]
 _Parts = Annotated[str, typer.Option(help="Parts to measure now, by comma; all by default.")]
 _Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")]
@@ -40,6 +41,7 @@ CURVE_RATIOS = (0.35, 0.6, 0.85, 1.0)
 WHOLE_PROMPT = 1 << 20
 HOT_PATH_MS = 2.0
 COLD = {
+    "device": "memory of the device itself: placed there before, nothing is moved on a hit",
     "dram": "pinned or plain memory of this machine",
     "file": "O_DIRECT; cold only as far as this system sees it: a virtual disk has a host's cache",
     "file-cached": "warm: read through this system's page cache, all of it in memory",
@@ -132,14 +134,13 @@ def command(
         )
         for part in work.wanted:
             if part in plain:
-                work.measure(part, lambda p=part: _plain(run, p, seed), fresh=fresh)
+                work.measure(part, partial(_plain, run, part, seed), fresh=fresh)
             elif part == CURVE:
                 work.measure(part, lambda: _curves(run, limited.values(), seed), fresh=fresh)
             else:
                 if work.kept(CURVE) is None:
                     work.measure(CURVE, lambda: _curves(run, limited.values(), seed), fresh=False)
-                rho = limited[part]
-                how = lambda p=part, r=rho: _limited(run, work, p, r, seed)  # noqa: E731
+                how = partial(_limited, run, work, part, limited[part], seed)
                 work.measure(part, how, fresh=fresh)
     _finish(work, settings, loaded, out)
 

@@ -21,6 +21,7 @@ _Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 _Stored = Annotated[str, typer.Option(help="How chunks are kept: native, int8, int4, int3, int2.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<i>.")]
 _Threads = Annotated[int, typer.Option(min=1, help="Threads of a compute op.")]
+_Tiers = Annotated[str, typer.Option(help="Of dram (always), file and device, by comma.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 _Check = Annotated[bool, typer.Option("--check", help="Predict and measure held-out schedules.")]
 _Profile = Annotated[Path | None, typer.Option(help="With --check: test this profile instead.")]
@@ -38,6 +39,7 @@ def command(
     stored: _Stored = "native",
     device: _Device = "cpu",
     threads: _Threads = 1,
+    tiers: _Tiers = "dram,file",
     seed: _Seed = 0,
     check: _Check = False,
     profile: _Profile = None,
@@ -57,16 +59,18 @@ def command(
         check_writable(check_out / "predicted.jsonl")
     machine = HardwareProfile.read(profile) if profile is not None else None
     device = checked_device(device, machine)
+    media: Any = tuple(t.strip() for t in tiers.split(",") if t.strip())
+    settings = Settings(
+        max_tokens=max_tokens,
+        n_repeats=repeats,
+        compute_threads=threads,
+        seed=seed,
+        device=device,
+        media=media,
+    )
     kept: Any = machine.model.stored if machine is not None else stored
     loaded = load_on(model, device, dtype, stored=kept)
     if machine is None:
-        settings = Settings(
-            max_tokens=max_tokens,
-            n_repeats=repeats,
-            compute_threads=threads,
-            seed=seed,
-            device=device,
-        )
         with progress_bar() as tell:
             machine = calibrate(loaded, settings, tell)
         machine.write(out)

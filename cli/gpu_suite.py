@@ -82,15 +82,16 @@ def _io(device: str, folder: Path) -> list[str]:
 
 
 def _ttft(device: str) -> dict[str, list[str]]:
-    """Per prompt length: DRAM, then files; slower tiers at 8k; the other models at 8k."""
+    """Per prompt length: on the device, in DRAM, in files; slower tiers and other models at 8k."""
     if device != "cuda":
         small = ["--device", device, "--model", TINY, "--chunks", "4", "--chunk-tokens", "64"]
-        return {"ttft-tiny": [*small, "--repeats", "1", "--rhos", "0.7"]}
+        every = ["--tiers", "device,dram,file,file-cached"]
+        return {"ttft-tiny": [*small, *every, "--repeats", "1", "--rhos", "0.7"]}
     found: dict[str, list[str]] = {}
     for length, chunks in PROMPTS.items():
         repeats = "20" if length == "8k" else "10"
         base = ["--device", "cuda", "--model", MODEL, "--chunks", str(chunks), *IO]
-        for tier in ("dram", "file"):
+        for tier in ("device", "dram", "file"):
             more = ["--tiers", tier, "--rhos", "", "--repeats", repeats]
             found[f"ttft-8b-{length}-{tier}"] = [*base, *more]
     eight = ["--device", "cuda", "--chunks", str(PROMPTS["8k"]), *IO]

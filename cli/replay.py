@@ -11,6 +11,7 @@ import typer
 from . import fleet_options as options
 
 if TYPE_CHECKING:
+    from ..core.request_table import RequestTable
     from ..simulator.serving_result import ServingResult
     from ..tuner.candidate import Candidate
 
@@ -71,7 +72,6 @@ def command(
     from ..core.catalogue import load_catalogue
     from ..core.model_presets import model_of
     from ..core.record import check_writable
-    from ..core.trace_files import read_trace
     from ..core.workload import Slo
     from ..simulator.serving import serve_trace
     from .console import progress_bar
@@ -87,10 +87,7 @@ def command(
         evictions=eviction, dram_gib=None, ratio=ratio, engine={}, overhead_ms=overhead_ms,
     ))  # fmt: skip
     spec, asked = model_of(model), Slo(**level(slo)[0])
-    table = read_trace(
-        file, first=first, scale_rate=scale_rate, ids=ids,
-        zero_output="drop" if drop_empty else "refuse",
-    )  # fmt: skip
+    table = _read(file, first, scale_rate, ids, drop_empty)
     _check_row(life, len(table))
     longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
     chosen.check_fits(spec, catalogue, longest)
@@ -108,6 +105,17 @@ def command(
     cpu_s = process_time() - began_s
     _write_files(result, out, life, trace, snapshot_out)
     _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)
+
+
+def _read(
+    file: Path, first: int | None, scale_rate: float, ids: Any, drop_empty: bool
+) -> RequestTable:
+    from ..core.trace_files import read_trace
+
+    return read_trace(
+        file, first=first, scale_rate=scale_rate, ids=ids,
+        zero_output="drop" if drop_empty else "refuse",
+    )  # fmt: skip
 
 
 def _only(found: Sequence[Candidate]) -> Candidate:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from ..core.arrivals import Arrivals
     from ..core.request_table import RequestTable
     from ..core.trace_make import Lengths
+
+T = TypeVar("T")
 
 command = typer.Typer(help="Requests over time: look into traces, convert them, make them.")
 make = typer.Typer(help="Make a trace from a seed. Lengths are MEAN or MEAN:CV, in tokens.")
@@ -242,7 +245,7 @@ def _length(text: str) -> Lengths:
     return _record(Lengths, mean=mean, cv=cv)
 
 
-def _record(made: Any, /, **values: Any) -> Any:
+def _record(made: Callable[..., T], /, **values: Any) -> T:
     """A record from options; what is wrong with them as our error."""
     from pydantic import ValidationError
 

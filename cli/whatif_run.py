@@ -124,6 +124,9 @@ def _assumptions() -> list[str]:
     return [
         f"{HOST_BYTES >> 30} GiB of each host's DRAM are not for KV (assumed)",
         f"host time per step {1e3 * OVERHEAD_S:g} ms unless given (vLLM 0.19, one machine)",
+        "from a tier slower than computing a prompt loads only what makes it end no later, or "
+        "later by less than it saves those that wait; what else lies there is computed "
+        "(unloaded_share). A plan with a row's rules does the same",
         "disks, memory and network come with the rented GPU unless they have a price",
         "intervals hold two things: samples of traffic (95 % nominal; requests count as fewer, as "
         "their failures come in bursts) and the cost model (all kernels at one end of their 90 % "
@@ -215,6 +218,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "ttft_ms_p99": at.get("ttft_ms_p99"),
                 "tpot_ms_p99": at.get("tpot_ms_p99"),
                 "loaded_share": sum(at.get("loaded_share", {}).values()) if at else None,
+                "unloaded_share": at.get("unloaded_share"),
                 "kv_tokens": row["kv_tokens"],
                 "kv_source": row["kv_source"],
                 "fingerprint": row["fingerprint"],

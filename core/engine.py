@@ -8,7 +8,7 @@ for more than those.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ from .lowering import NewId, lower
 from .model_spec import ModelSpec
 from .ops import COMPUTE, Op, Outcome, Span
 from .plan import ReusePlan
-from .policies import decide
+from .policies import IDLE, Backlog, decide
 from .workload import Request, Workload
 
 DEPTH = 2
@@ -183,13 +183,30 @@ class Engine:
     def _begin(self, request: Request, attempt: int) -> None:
         found = self.index.lookup(request.chunks, request.tenant)
         chunk_tokens = self.workload.chunk_tokens(request)
-        decision = decide(self.plan, found, chunk_tokens, request.suffix_tokens)
+        backlog = self._backlog(request)
+        decision = decide(self.plan, found, chunk_tokens, request.suffix_tokens, backlog)
         pieces = lower(
             request.request_id, decision, self.plan, self.model, self._ids.__next__, attempt
         )
         prefill = _Prefill(request, decision, deque(pieces), attempt)
         self._prefills[request.request_id] = prefill
         self._queue.append(request.request_id)
+
+    def _backlog(self, request: Request) -> Backlog:
+        """Of all but `request`; a prompt under way counts whole until it is done."""
+        if all(rule.rho is None for rule in self.plan.rules):
+            return IDLE
+        n_layers = self.model.n_layers
+        n_ahead = 0
+        n_loading: Counter[str] = Counter()
+        for request_id, prefill in self._prefills.items():
+            if request_id != request.request_id:
+                decision = prefill.decision
+                n_ahead += decision.n_computed(0, n_layers)
+                for ordinal, chunk in enumerate(decision.chunks):
+                    n_loading[chunk.tier] += decision.n_loaded(ordinal, n_layers - 1, n_layers)
+        n_behind_rows = sum(map(self.workload.prompt_tokens, self._waiting))
+        return Backlog(n_ahead, len(self._waiting), n_behind_rows, n_loading)
 
     def _start_again(self, prefill: _Prefill) -> None:
         """Forget what could not be read and decide anew: those chunks are computed."""

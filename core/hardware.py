@@ -24,7 +24,7 @@ class Coefficient(Record):
 class Tier(Record):
     """Where chunks can lie. `link_bytes_per_s` is shared by all its I/O workers."""
 
-    medium: Literal["dram", "file", "remote"]
+    medium: Literal["device", "dram", "file", "remote"]
     link_bytes_per_s: float = Field(gt=0)
     worker_bytes_per_s: float = Field(gt=0)
     read_latency_s: float = Field(ge=0)

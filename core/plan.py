@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from .errors import CacheTuneError, PlanError
 from .hardware import Provenance
@@ -30,6 +35,16 @@ class RatioRule(Record):
     """One per band: the layers are cut into as many equal bands, first band first."""
     load_exact: bool = True
     """Whether chunks that are exact already are loaded whole rather than computed."""
+    rho: float | None = Field(default=None, gt=0)
+    """Seconds to load a token over seconds to compute it. Above 1, a prompt loads only so much as
+    is worth it (`room` in `core/policies.py`); None: all it finds."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        if self.rho is None:  # plans without it keep their fingerprint
+            del data["rho"]
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> RatioRule:

@@ -6,7 +6,9 @@ Sources: CacheTune 2605.24022 section 4 (offline rank, ratio per hardware), Cach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .chunk_index import ChunkEntry
 from .decision import ChunkFate, ReuseDecision
@@ -26,8 +28,29 @@ def order_of(plan: ReusePlan) -> str:
     return ORDER_OF_POLICY.get(plan.policy, plan.selector)
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What else there is to do when a prompt gets its place."""
+
+    n_ahead: int = 0
+    """Rows of prompts under way that are not computed yet."""
+    n_behind: int = 0
+    """Prompts that wait for a place."""
+    n_behind_rows: int = 0
+    """Their tokens."""
+    n_loading: Mapping[str, int] = field(default_factory=dict)
+    """By tier: tokens on their way to prompts."""
+
+
+IDLE = Backlog()
+
+
 def decide(
-    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int
+    plan: ReusePlan,
+    found: Found,
+    chunk_tokens: Sequence[int],
+    n_suffix: int,
+    backlog: Backlog = IDLE,
 ) -> ReuseDecision:
     """The plan's policy applied to one prompt.
 
@@ -36,8 +59,36 @@ def decide(
         found: what the index holds for each chunk, None where it holds nothing.
         chunk_tokens: length of each chunk, tokens.
         n_suffix: tokens of the suffix, always computed.
+        backlog: what other prompts wait for; read by rules that have a `rho`.
     """
-    return _POLICIES[plan.policy](plan, found, chunk_tokens, n_suffix)
+    return _POLICIES[plan.policy](plan, found, chunk_tokens, n_suffix, backlog)
+
+
+def room(rho: float, n_rows: int, n_piece: int, n_loading: int, backlog: Backlog) -> float:
+    """Tokens that are worth loading from a tier rather than computed; the others hold prompts up.
+
+    Loads and the first piece go layer by layer side by side, the other pieces follow. With x tokens
+    loaded a prompt ends when all have come, or when the last piece is computed, which begins behind
+    the loads but for the first piece. What that is later than with all computed must be no more
+    than what it saves those that wait for the engine, x each; and all loads must be there when all
+    that waits would have been computed. A tier that is no slower than computing has no limit: it
+    never holds up more than computing would.
+
+    Args:
+        rho: seconds to load a token over seconds to compute it.
+        n_rows: of the prompt, if nothing is loaded from this tier.
+        n_piece: rows of a prefill piece, at most.
+        n_loading: tokens on their way from the tier.
+    """
+    if rho <= 1:
+        return math.inf
+    ahead, late = backlog.n_ahead, rho * n_loading
+    least = (ahead + n_rows + backlog.n_behind_rows - late) / rho
+    if rho > backlog.n_behind:
+        least = min(least, (ahead + n_rows - late) / (rho - backlog.n_behind))
+    if rho > 1 + backlog.n_behind:
+        least = min(least, (ahead + n_piece - late) / (rho - 1 - backlog.n_behind))
+    return least
 
 
 def _fates(
@@ -45,10 +96,14 @@ def _fates(
     found: Found,
     chunk_tokens: Sequence[int],
     n_suffix: int,
+    backlog: Backlog,
     n_bands: int,
     count: CountRecomputed,
 ) -> tuple[ChunkFate, ...]:
-    """Load what is found and pays, compute the rest; exact chunks are loaded whole."""
+    """Load what is found and pays, compute the rest; exact chunks are loaded whole.
+
+    A rule of ratio 1 without `load_exact` loads nothing from its tier, whatever the policy.
+    """
     n_prompt = sum(chunk_tokens) + n_suffix
     fates = []
     counted: dict[tuple[str, int, bool], tuple[tuple[int, ...], bool]] = {}
@@ -61,24 +116,55 @@ def _fates(
             if alike not in counted:  # chunks of one length and tier are many
                 rule = plan.rule(entry.tier, n_prompt)
                 recompute = (0,) * n_bands if exact else count(n, rule)
-                counted[alike] = recompute, rule.load_exact if exact else min(recompute) < n
+                pays = min(recompute) < n and rule.ratios[-1] < 1  # last band: the least of them
+                counted[alike] = recompute, rule.load_exact if exact else pays
             recompute, pays = counted[alike]
             if pays:
                 fate = ChunkFate(offset, n, entry.tier, entry.key, exact, recompute)
         fates.append(fate)
         offset += n
-    return tuple(fates)
+    return _in_time(plan, tuple(fates), n_prompt, backlog)
+
+
+def _in_time(
+    plan: ReusePlan, fates: tuple[ChunkFate, ...], n_prompt: int, backlog: Backlog
+) -> tuple[ChunkFate, ...]:
+    """`fates` without the loads that would hold up the prompt: those chunks are computed."""
+    rhos = {f.tier: plan.rule(f.tier, n_prompt).rho or 0.0 for f in fates if f.is_loaded}
+    slow = {tier: rho for tier, rho in rhos.items() if rho > 1}
+    if not slow:
+        return fates
+    n_rows = n_prompt - sum(_n_loaded(f) for f in fates if f.is_loaded and f.tier not in slow)
+    piece, loading = plan.prefill_chunk_tokens, backlog.n_loading
+    rooms = {
+        tier: room(rho, n_rows, piece, loading.get(tier, 0), backlog) for tier, rho in slow.items()
+    }
+    kept = []
+    for fate in fates:
+        if fate.tier in slow:
+            if _n_loaded(fate) <= rooms[fate.tier]:
+                rooms[fate.tier] -= _n_loaded(fate)
+            else:
+                n = fate.n_tokens
+                fate = ChunkFate(fate.offset, n, "", "", False, (n,) * len(fate.n_recompute))
+        kept.append(fate)
+    return tuple(kept)
+
+
+def _n_loaded(fate: ChunkFate) -> int:
+    """Tokens of a loaded chunk that come from its tier, on average over the bands."""
+    return fate.n_tokens - sum(fate.n_recompute) // len(fate.n_recompute)
 
 
 def _full_recompute(
-    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int
+    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int, backlog: Backlog
 ) -> ReuseDecision:
     nothing: Found = [None] * len(chunk_tokens)
-    return ReuseDecision(_fates(plan, nothing, chunk_tokens, n_suffix, 1, _none), n_suffix)
+    return ReuseDecision(_fates(plan, nothing, chunk_tokens, n_suffix, backlog, 1, _none), n_suffix)
 
 
 def _prefix_cache(
-    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int
+    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int, backlog: Backlog
 ) -> ReuseDecision:
     kept: list[ChunkEntry | None] = []
     for ordinal, entry in enumerate(found):
@@ -87,17 +173,17 @@ def _prefix_cache(
             break
         kept.append(entry)
     kept += [None] * (len(chunk_tokens) - len(kept))
-    return ReuseDecision(_fates(plan, kept, chunk_tokens, n_suffix, 1, _none), n_suffix)
+    return ReuseDecision(_fates(plan, kept, chunk_tokens, n_suffix, backlog, 1, _none), n_suffix)
 
 
 def _full_reuse(
-    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int
+    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int, backlog: Backlog
 ) -> ReuseDecision:
-    return ReuseDecision(_fates(plan, found, chunk_tokens, n_suffix, 1, _none), n_suffix)
+    return ReuseDecision(_fates(plan, found, chunk_tokens, n_suffix, backlog, 1, _none), n_suffix)
 
 
 def _cachetune(
-    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int
+    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int, backlog: Backlog
 ) -> ReuseDecision:
     n_bands = max(len(rule.ratios) for rule in plan.rules)
 
@@ -105,24 +191,24 @@ def _cachetune(
         ratios = [rule.ratios[b * len(rule.ratios) // n_bands] for b in range(n_bands)]
         return tuple(n_recomputed(r, n) for r in ratios)
 
-    fates = _fates(plan, found, chunk_tokens, n_suffix, n_bands, count)
+    fates = _fates(plan, found, chunk_tokens, n_suffix, backlog, n_bands, count)
     return ReuseDecision(fates, n_suffix, n_bands)
 
 
 def _epic(
-    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int
+    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int, backlog: Backlog
 ) -> ReuseDecision:
     def count(n: int, rule: RatioRule) -> tuple[int, ...]:
         return (min(plan.epic_tokens, n),)
 
-    return ReuseDecision(_fates(plan, found, chunk_tokens, n_suffix, 1, count), n_suffix)
+    return ReuseDecision(_fates(plan, found, chunk_tokens, n_suffix, backlog, 1, count), n_suffix)
 
 
 def _cacheblend(
-    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int
+    plan: ReusePlan, found: Found, chunk_tokens: Sequence[int], n_suffix: int, backlog: Backlog
 ) -> ReuseDecision:
     n_prompt = sum(chunk_tokens) + n_suffix
-    fates = _fates(plan, found, chunk_tokens, n_suffix, 1, _none)
+    fates = _fates(plan, found, chunk_tokens, n_suffix, backlog, 1, _none)
     selected = 0
     for fate in fates:
         if fate.is_loaded and not fate.exact:

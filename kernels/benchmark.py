@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cases import FAMILIES
 from .peers import FLEX, Peer, peers_of
-from .registry import TOLERANCE, KernelCase
+from .registry import TOLERANCE, Inputs, KernelCase
 from .stopwatch import REPEATS, Spread, seconds_of
 
 TOKEN_SHAPES = ("n", "n_q", "n_keys", "pages")
@@ -175,11 +175,11 @@ def time_case(
     yield from found.values()
 
 
-def _seconds(case: KernelCase, run: Callable[[dict], object], device: str, n: int) -> Spread:
+def _seconds(case: KernelCase, run: Callable[[Inputs], object], device: str, n: int) -> Spread:
     return seconds_of([partial(run, x) for x in _input_sets(case, device)], device, n)
 
 
-def _input_sets(case: KernelCase, device: str, most: int = INPUT_SETS_MAX) -> list[dict]:
+def _input_sets(case: KernelCase, device: str, most: int = INPUT_SETS_MAX) -> list[Inputs]:
     """Enough inputs to be taken in turn that none is still in a CPU's cache; a GPU's is flushed."""
     n = 1 if device.startswith("cuda") else -(-ROTATED_BYTES // max(1, case.bytes))
     return [case.make_inputs(seed, device) for seed in range(min(most, n + 1))]

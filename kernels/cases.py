@@ -255,7 +255,8 @@ def _make_decode(
     def whole(x: Tensor) -> Tensor:
         return x.to(device, torch.int32).contiguous()
 
-    near_kv = [_random(seed + i, device, dtype, batch, kv_heads, window, head_dim) for i in (3, 4)]
+    shape_near = (batch, kv_heads, window, head_dim)
+    k_near, v_near = (_random(seed + i, device, dtype, *shape_near) for i in (3, 4))
     return {
         "q": _random(seed, device, dtype, batch, heads, head_dim),
         "pool": decode_reference.PagePool(
@@ -266,7 +267,7 @@ def _make_decode(
         "table": decode_reference.PageTable(
             whole(torch.stack(pages_of)), whole(base), whole(counts)
         ),
-        "window": decode_reference.Window(*near_kv, whole(near)),
+        "window": decode_reference.Window(k_near, v_near, whole(near)),
         "scale": head_dim**-0.5,
         "cos_table": tables[0].to(device) if turn else None,
         "sin_table": tables[1].to(device) if turn else None,

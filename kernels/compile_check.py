@@ -75,7 +75,8 @@ def recording() -> Iterator[list[Launch]]:
     def note(self: JITFunction, *args: object, **kwargs: Any) -> None:
         values = dict(zip(self.arg_names, args, strict=False))
         values |= {name: kwargs[name] for name in self.arg_names if name in kwargs}
-        options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+        chosen = ("num_warps", "num_stages")
+        options: dict[str, int] = {name: kwargs[name] for name in chosen if name in kwargs}
         launches.append(Launch(self, values, options))
 
     original = JITFunction.run

@@ -142,7 +142,8 @@ def pack(x: Tensor, bits: int, per: Per) -> Packed:
     if n:
         pack_kernel[(blocks, hk)](
             x.contiguous(), codes, scale, zero, n, hk,
-            BITS=bits, PER_CHANNEL=channelwise, D=d, D_PAD=triton.next_power_of_2(d), LANES=lanes,
-            RUN_PAD=triton.next_power_of_2(d // 2 // lanes), BLOCK_T=GROUP, num_warps=4,
+            BITS=bits, PER_CHANNEL=channelwise, D=d, D_PAD=max(GROUP, triton.next_power_of_2(d)),
+            LANES=lanes, RUN_PAD=triton.next_power_of_2(d // 2 // lanes), BLOCK_T=GROUP,
+            num_warps=4,
         )  # fmt: skip
     return Packed(codes, scale, zero, bits, per, d)

@@ -9,7 +9,7 @@ packed format is in ``packing.py``, decode attention over it in ``decode_referen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,7 @@ def restore(
         if inv_freq is not None:
             cos, sin = rope_tables(inv_freq, at, attention_scaling)
         else:
+            assert cos_table is not None and sin_table is not None  # as checked above
             cos, sin = cos_table.index_select(0, at), sin_table.index_select(0, at)
         rotated = apply_rope(k_raw[part], cos, sin, interleaved).to(k_out.dtype)
         _scatter(k_out, at, rotated)
@@ -151,13 +152,23 @@ def _fits_words(x: Tensor) -> bool:
     return x.stride(-1) == 1 and not any(step % per_word for step in steps)
 
 
+class RopeArguments(TypedDict, total=False):
+    """How `restore` rotates: its keyword arguments."""
+
+    cos_table: Tensor | None
+    sin_table: Tensor | None
+    inv_freq: Tensor | None
+    attention_scaling: float
+    interleaved: bool
+
+
 def restore_quantised(
     k: Packed,
     v: Packed,
     positions: Tensor,
     k_out: Tensor,
     v_out: Tensor,
-    **rope: object,
+    **rope: Unpack[RopeArguments],
 ) -> None:
     """`restore` from packed K (pre-RoPE, per channel) and packed V (per token).
 
@@ -165,8 +176,8 @@ def restore_quantised(
     """
     for start in range(0, positions.numel(), RESTORE_BLOCK):
         stop = min(start + RESTORE_BLOCK, positions.numel())
-        values = (unpack(x.tokens(start, stop)) for x in (k, v))
-        restore(*values, positions[start:stop], k_out, v_out, **rope)  # type: ignore[arg-type]
+        k_raw, v_raw = (unpack(x.tokens(start, stop)) for x in (k, v))
+        restore(k_raw, v_raw, positions[start:stop], k_out, v_out, **rope)
 
 
 class Seen(NamedTuple):

@@ -164,6 +164,9 @@ def _pack() -> list[KernelCase]:
         out.append(_case("pack", f"{per}{bits}", "bfloat16", base | shapes, expects))
         dtype = "float16" if bits == 3 else "float32"
         out.append(_case("pack", f"{per}{bits}", dtype, small | shapes, tiny=True))
+        # A head shorter than a group of its channels; with 3 bits a run is one channel.
+        short = small | shapes | {"head_dim": 16}
+        out.append(_case("pack", f"d16_{per}{bits}", dtype, short, tiny=True))
     return out
 
 

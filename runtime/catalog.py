@@ -1,4 +1,4 @@
-"""Which tiers hold the chunks of an open store, their RAM copies, and who works on them.
+"""Which tiers hold the chunks of an open store, their copies in memory, and who works on them.
 
 The index on disk is shared by all processes that have the folder open; what is here mirrors it and
 is brought up to date before anything is changed.
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..core.errors import StoreError
 from ..core.layout import blob_bytes, chunk_bytes
 from ..core.model_spec import ModelSpec
 from .chunk_file import CHUNK_SUFFIX, chunk_seed, temp_path
+from .device_chunks import DeviceChunk
 from .store_index import Claim, Row, StoreIndex
 from .store_lock import Owners
 from .tiers import StoreTier
@@ -46,7 +48,7 @@ class Kept:
 
 
 class Catalog:
-    """The chunks of an open store: which tiers hold them, their RAM copies, who works on them.
+    """The chunks of an open store: which tiers hold them, their copies, who works on them.
 
     `changed` guards everything here. A chunk that is being written, moved or removed is claimed
     by one thread of one process meanwhile, and never evicted.
@@ -64,6 +66,8 @@ class Catalog:
         self.kept: dict[str, Kept] = {}
         self.ram: dict[str, np.ndarray] = {}
         """Blobs, uint8 [chunk bytes], of chunks that a dram tier holds; read on first use."""
+        self.on_device: dict[str, DeviceChunk] = {}
+        """The same of device tiers."""
         self.closed = False
         self._folder = folder
         self._index = index
@@ -90,7 +94,8 @@ class Catalog:
         gone = set(self.kept) - changed.keys() if is_all else set()
         for key in gone | {key for key, row in changed.items() if row is None}:
             kept = self.kept.pop(key, None)
-            self.ram.pop(key, None)
+            for copies in (self.ram, self.on_device):
+                copies.pop(key, None)
             for name in tuple(kept.tiers) if kept is not None else ():
                 self._part(kept, name)
         for key, row in changed.items():
@@ -108,7 +113,7 @@ class Catalog:
             self._part(kept, name)
         for name in set(row.tiers) - kept.tiers:
             self._join(kept, name)
-        self.drop_unused_ram(kept)
+        self.drop_unused_copies(kept)
 
     def find(self, key: str) -> Kept:
         """The chunk called `key`. Do not hold `changed`.
@@ -290,7 +295,7 @@ class Catalog:
         key = kept.entry.key
         self._part(kept, tier.name, evicted=evicted)
         tier.used_bytes -= kept.entry.n_bytes
-        self.drop_unused_ram(kept)
+        self.drop_unused_copies(kept)
         if kept.tiers:
             left = [name for name in self._tiers if name in kept.tiers]
             self.serve_from(kept, kept.entry.tier if kept.entry.tier in left else left[0])
@@ -304,10 +309,24 @@ class Catalog:
         self.claimed.add(key)
         return True
 
-    def drop_unused_ram(self, kept: Kept) -> None:
-        """Free the RAM copy when no dram tier holds the chunk."""
-        if not any(self._tiers[name].is_dram for name in kept.tiers):
+    def copies(self, tier: StoreTier) -> dict[str, Any]:
+        """What a tier in memory serves chunks from, by key."""
+        return self.on_device if tier.is_device else self.ram
+
+    def keep_copy(self, key: str, copy: np.ndarray | DeviceChunk | None) -> None:
+        """A chunk has a copy in memory, of whichever kind."""
+        if isinstance(copy, DeviceChunk):
+            self.on_device[key] = copy
+        elif copy is not None:
+            self.ram[key] = copy
+
+    def drop_unused_copies(self, kept: Kept) -> None:
+        """Free the RAM copy when no dram tier holds the chunk, and that of a device likewise."""
+        media = {self._tiers[name].config.medium for name in kept.tiers}
+        if "dram" not in media:
             self.ram.pop(kept.entry.key, None)
+        if "device" not in media:
+            self.on_device.pop(kept.entry.key, None)
 
     def close(self) -> None:
         """Let everything go. Hold `changed`."""

@@ -26,9 +26,10 @@ from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from ..core.errors import StoreError
-from ..core.layout import ALIGN_BYTES, GROUP_TOKENS, blob_bytes, group_bytes
+from ..core.layout import ALIGN_BYTES, GROUP_TOKENS, group_bytes
 from ..core.model_spec import DTYPE_BYTES, ModelSpec
 from ..core.units import ceil_div, round_up
+from .device import CPU, Device
 from .packed_groups import PackedGroups, fill_groups
 
 CHUNK_SUFFIX = ".chunk"
@@ -175,7 +176,7 @@ def write_chunk(path: Path, header: bytes, blobs: np.ndarray) -> None:
     fd = -1
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        for part in (memoryview(header), memoryview(blobs)):
+        for part in (memoryview(header), blobs.data):
             while part:
                 part = part[os.write(fd, part) :]
         os.fsync(fd)
@@ -291,15 +292,14 @@ def first_bad_group(
     return None
 
 
-def check_chunk(model: ModelSpec, k: Tensor, v: Tensor, order: Tensor) -> Tensor:
-    """`order` as int64 [N] on the CPU, after checking that the three fit together.
+def check_values(model: ModelSpec, k: Tensor, v: Tensor, order: Tensor) -> None:
+    """Check that K and V are what the model's encoder makes of as many tokens as `order` has.
 
     Raises:
-        StoreError: shapes or dtype are not the model's, or the order is no permutation.
+        StoreError: shapes or dtype are not the model's.
     """
     shape, n = Geometry.of(model), order.numel()
     want = (shape.n_layers, n, shape.n_kv_heads, shape.head_dim)
-    order = order.detach().to("cpu", torch.int64, copy=True)
     if n == 0 or tuple(k.shape) != want or tuple(v.shape) != want:
         raise StoreError(
             "K and V of a chunk must be [layers, tokens, kv heads, head dim] with a token or "
@@ -314,41 +314,67 @@ def check_chunk(model: ModelSpec, k: Tensor, v: Tensor, order: Tensor) -> Tensor
             values=f"{k.dtype} and {v.dtype}",
             remedy="convert them, or open a store for that dtype",
         )
-    if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(n)):
+
+
+def check_order(order: Tensor) -> Tensor:
+    """`order` as int64 [N] on the CPU.
+
+    Raises:
+        StoreError: it is no permutation.
+    """
+    n = order.numel()
+    order = order.detach().to("cpu", torch.int64, copy=True)
+    if n == 0 or order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(n)):
         raise StoreError(
-            f"the order must name each of the {n} tokens once",
+            f"the order must name each of the {n} tokens once, and one or more",
             values=f"{order.unique().numel()} different numbers",
             remedy="pass a permutation, such as an argsort",
         )
     return order
 
 
-def pack_blobs(model: ModelSpec, key: str, k: Tensor, v: Tensor, order: Tensor) -> np.ndarray:
-    """All blobs of a chunk, uint8 [chunk bytes].
+def fill_blobs(
+    shape: Geometry, blobs: Tensor, k: Tensor, v: Tensor, order: Tensor, device: Device = CPU
+) -> None:
+    """Write rows in stored order into zeroed blobs, all but the checksums.
+
+    All tensors are on `device`, which packs; the bytes are the same on every device.
 
     Args:
-        k: keys before RoPE, [L, N, HK, D] in token order, on the CPU.
+        blobs: uint8 [layers * blob bytes].
+        k: keys before RoPE, [layers, N, HK, D] in token order.
         v: values, same shape.
         order: int64 [N]; stored row i is token `order[i]`.
     """
-    shape = Geometry.of(model)
-    n_tokens = order.numel()
-    n_groups, blob = ceil_div(n_tokens, GROUP_TOKENS), blob_bytes(model, n_tokens)
-    data = np.zeros(model.n_layers * blob, dtype=np.uint8)
-    elements = torch.from_numpy(data).view(shape.element_dtype)
-    view, seed = memoryview(data), chunk_seed(key)
-    for layer in range(model.n_layers):
-        at = layer * blob
-        rows = [source[layer].index_select(0, order) for source in (k, v)]
+    n_groups, blob = ceil_div(order.numel(), GROUP_TOKENS), shape.read_bytes(order.numel())
+    elements = blobs.view(shape.element_dtype)
+    for layer, pair in enumerate(zip(k, v, strict=True)):
+        rows_k, rows_v = (x.index_select(0, order) for x in pair)
         if shape.packed is not None:
-            shape.packed.fill(elements, at, *rows)
+            shape.packed.fill(elements, layer * blob, rows_k, rows_v, device.pack)
         else:
-            groups = shape.groups(elements, at, n_groups)
-            for half in range(2):
-                fill_groups(groups[:, half], rows[half])
-        start = layer_seed(seed, layer)
+            groups = shape.groups(elements, layer * blob, n_groups)
+            fill_groups(groups[:, 0], rows_k)
+            fill_groups(groups[:, 1], rows_v)
+
+
+def seal_blobs(shape: Geometry, key: str, blobs: np.ndarray, n_tokens: int) -> None:
+    """Write the checksums into all blobs of a chunk, uint8 [chunk bytes].
+
+    Raises:
+        StoreError: they are of another size.
+    """
+    n_groups, blob = ceil_div(n_tokens, GROUP_TOKENS), shape.read_bytes(n_tokens)
+    if blobs.nbytes != shape.n_layers * blob:
+        raise StoreError(
+            f"the blobs of {n_tokens} tokens must take {shape.n_layers * blob} bytes",
+            values=f"{blobs.nbytes} bytes",
+            remedy="store what `fill_blobs` makes for this model",
+        )
+    view, seed = blobs.data, chunk_seed(key)
+    for layer in range(shape.n_layers):
+        start, first = layer_seed(seed, layer), layer * blob
         for group in range(n_groups):
-            end = at + (group + 1) * shape.group_bytes - _CHECKSUM.size
-            first = at + group * shape.group_bytes
-            _CHECKSUM.pack_into(data, end, xxh3_64_intdigest(view[first:end], start + group))
-    return data
+            end = first + shape.group_bytes - _CHECKSUM.size
+            _CHECKSUM.pack_into(view, end, xxh3_64_intdigest(view[first:end], start + group))
+            first += shape.group_bytes

@@ -1,30 +1,30 @@
-"""Reading chunks: open the medium, fetch request by request, verify, hand out rows."""
+"""Reading chunks: open the medium, fetch request by request, verify, hand out rows.
+
+Chunks in memory, of the host or of a device, are read from the copy there, which is made of the
+file at their first use. Rows that lie on a device are handed out where they lie.
+"""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..core.errors import StoreError
+from ..core.errors import CapacityError, StoreError
 from ..core.layout import ALIGN_BYTES, GROUP_TOKENS
 from ..core.units import MIB, ceil_div
 from .catalog import Catalog, Kept
-from .chunk_file import (
-    ChunkCorrupt,
-    Geometry,
-    decode_header,
-    first_bad_group,
-    layer_seed,
-    read_header,
-)
+from .chunk_file import ChunkCorrupt, Geometry, decode_header, read_header
+from .device_chunks import DeviceChunk, DeviceMemory
 from .layer_rows import LayerRows
 from .rate_limit import RateLimiter
+from .read_run import ReadRun
 from .tiers import (
     BufferPool,
     FileMedium,
@@ -52,6 +52,8 @@ class Counters:
     """Reads that a remote tier refused, broke off or did not answer in time."""
     puts: int = 0
     ram_loads: int = 0
+    device_loads: int = 0
+    """Copies made on a device of what was kept elsewhere."""
 
 
 class ChunkReader:
@@ -63,6 +65,7 @@ class ChunkReader:
         files: FileMedium,
         catalog: Catalog,
         counters: Counters,
+        devices: DeviceMemory,
         memory: HostMemory | None = None,
     ) -> None:
         self._shape = shape
@@ -70,6 +73,7 @@ class ChunkReader:
         self._catalog = catalog
         self.counters = counters
         self._count_lock = threading.Lock()
+        self._devices = devices
         self._memory = memory
         self._pool = BufferPool(memory.staging if memory is not None else None)
 
@@ -82,6 +86,8 @@ class ChunkReader:
         request_bytes: int,
     ) -> LayerRows:
         """`ChunkStore.read`, its arguments checked."""
+        if where.is_device:
+            return self._there(kept, where, layer_start, n_rows)
         at_byte, total = [], 0
         for count in n_rows:
             at_byte.append(total)
@@ -107,6 +113,24 @@ class ChunkReader:
             self.counters.reads += 1
             self.counters.requests += run.n_requests
             self.counters.bytes_read += total
+        return rows
+
+    def _there(
+        self, kept: Kept, where: StoreTier, layer_start: int, n_rows: tuple[int, ...]
+    ) -> LayerRows:
+        """Rows that are on their device already: no byte is moved and none verified again."""
+        try:
+            with self._corrupt_if_gone(kept, where):
+                chunk: DeviceChunk = self._copy(kept, where)
+        except CapacityError as e:  # the request goes on without it
+            raise StoreError(e.rule, values=e.values, remedy=e.remedy) from None
+        part = chunk.part(layer_start, layer_start + len(n_rows))
+        first = layer_start - part.layer_start
+        at_byte = [(first + i) * kept.blob_bytes for i in range(len(n_rows))]
+        rows = LayerRows(self._shape, part.blobs, layer_start, n_rows, at_byte, part.device)
+        rows.tier, rows.n_bytes = where.name, sum(map(self._shape.read_bytes, n_rows))
+        with self._count_lock:
+            self.counters.reads += 1
         return rows
 
     def _run(
@@ -198,20 +222,7 @@ class ChunkReader:
         if where.remote is not None:
             source = where.remote.open(key, kept.row.header_bytes, kept.blob_bytes)
         elif where.is_dram:
-            blobs = self._catalog.ram.get(key)
-            if blobs is None and where.name in kept.tiers:
-                # In RAM before the store was closed, or in another process; read the file.
-                with self._catalog.claim(key):
-                    if where.name in self._catalog.find(key).tiers:
-                        blobs = self._load(kept)
-            if blobs is None:
-                self._catalog.find(key)  # evicted meanwhile: says so
-                raise StoreError(
-                    f"a chunk must be in RAM to be read from tier '{where.name}'",
-                    values=f"{key} in {', '.join(sorted(kept.tiers))}",
-                    remedy="place it there first",
-                )
-            source = RamSource(blobs)
+            source = RamSource(self._copy(kept, where))
         else:
             source = FileSource(self._files, str(kept.path), kept.row.header_bytes)
         try:
@@ -219,23 +230,71 @@ class ChunkReader:
         finally:
             source.close()
 
-    def load_ram(self, kept: Kept) -> None:
-        """Have a RAM copy, read from the file and verified if there is none. Claim it first."""
-        with self._corrupt_if_gone(kept, None):
-            self._load(kept)
+    # Copies in memory
 
-    def _load(self, kept: Kept) -> np.ndarray:
+    def _copy(self, kept: Kept, where: StoreTier) -> Any:
+        """What a tier in memory serves the chunk from."""
         key = kept.entry.key
-        blobs = self._catalog.ram.get(key)
-        if blobs is not None:
-            return blobs
-        read_header(kept.path)
-        blobs = self._fetch(kept, None, self._lasting_pages(kept.entry.n_bytes))
-        self._catalog.ram[key] = blobs
-        self.counters.ram_loads += 1
-        return blobs
+        found = self._catalog.copies(where).get(key)
+        if found is None and where.name in kept.tiers:
+            # There before the store was closed, or in another process; read the file.
+            with self._catalog.claim(key):
+                if where.name in self._catalog.find(key).tiers:
+                    found = self._load(kept, where)
+        if found is None:
+            self._catalog.find(key)  # evicted meanwhile: says so
+            raise StoreError(
+                f"a chunk must be in memory to be read from tier '{where.name}'",
+                values=f"{key} in {', '.join(sorted(kept.tiers))}",
+                remedy="place it there first",
+            )
+        return found
 
-    def lasting(self, blobs: np.ndarray) -> np.ndarray:
+    def load(self, kept: Kept, where: StoreTier) -> None:
+        """Have the copy, verified, that a tier in memory needs. Claim the chunk first."""
+        if where.is_dram or where.is_device:
+            with self._corrupt_if_gone(kept, None):
+                self._load(kept, where)
+
+    def _load(self, kept: Kept, where: StoreTier) -> Any:
+        copies = self._catalog.copies(where)
+        found = copies.get(kept.entry.key)
+        if found is not None:
+            return found
+        if where.is_device:
+            found = self._devices.hold(self._verified(kept))
+            self.counters.device_loads += 1
+        else:
+            read_header(kept.path)
+            found = self._fetch(kept, None, self._lasting_pages(kept.entry.n_bytes))
+            self.counters.ram_loads += 1
+        copies[kept.entry.key] = found
+        return found
+
+    def _verified(self, kept: Kept) -> np.ndarray:
+        """All blobs on the host, uint8 [chunk bytes], verified now: those in RAM, or the file's."""
+        blobs = self._catalog.ram.get(kept.entry.key)
+        if blobs is not None:
+            return self._read_whole(kept, InPlace(), blobs)
+        read_header(kept.path)
+        n_bytes = kept.entry.n_bytes
+        return self._fetch(kept, None, self._pool.lend(n_bytes)[:n_bytes])
+
+    def new_copy(self, where: StoreTier, blobs: np.ndarray) -> np.ndarray | DeviceChunk | None:
+        """The copy that a tier in memory needs of a chunk that is being put there."""
+        if where.is_device:
+            return self._devices.hold(blobs)
+        return self._lasting(blobs) if where.is_dram else None
+
+    def to_ram(self, kept: Kept, chunk: DeviceChunk) -> None:
+        """Bring what left a device to RAM, unless it has left the dram tiers as well meanwhile."""
+        blobs = self._lasting_pages(kept.entry.n_bytes)
+        chunk.to_host(blobs)
+        with self._catalog.changed:
+            self._catalog.ram.setdefault(kept.entry.key, blobs)
+            self._catalog.drop_unused_copies(kept)
+
+    def _lasting(self, blobs: np.ndarray) -> np.ndarray:
         """The same bytes where chunks in RAM lie."""
         if self._memory is None:
             return blobs
@@ -253,12 +312,16 @@ class ChunkReader:
         """All blobs, uint8 [chunk bytes], verified, from a remote tier or the file."""
         if blobs is None:  # whole pages of their own, as unbuffered reads need
             blobs = np.frombuffer(mmap.mmap(-1, kept.entry.n_bytes), dtype=np.uint8)
-        n_groups = ceil_div(kept.entry.n_tokens, GROUP_TOKENS)
         source: Source
         if where is not None and where.remote is not None:
             source = where.remote.open(kept.entry.key, kept.row.header_bytes, kept.blob_bytes)
         else:
             source = FileSource(self._files, str(kept.path), kept.row.header_bytes)
+        return self._read_whole(kept, source, blobs)
+
+    def _read_whole(self, kept: Kept, source: Source, blobs: np.ndarray) -> np.ndarray:
+        """`blobs`, filled from the source and verified."""
+        n_groups = ceil_div(kept.entry.n_tokens, GROUP_TOKENS)
         try:
             run = self._run(kept, source, None, blobs, LOAD_REQUEST_BYTES)
             run.announce(0, [n_groups] * self._shape.n_layers)
@@ -277,80 +340,3 @@ def remote_error(where: StoreTier, key: str, e: OSError) -> StoreError:
         values=f"chunk {key}: {why}",
         remedy="start the server, or raise timeout_s in the tier's URL",
     )
-
-
-class ReadRun:
-    """One read under way: fetches layers request by request and verifies them as they come.
-
-    On a limited tier verifying falls into the time of the slot, as on a medium that is slow.
-    """
-
-    __slots__ = (
-        "_blob_bytes", "_key", "_limiter", "_out", "_request_bytes", "_seed", "_shape", "_slot_s",
-        "_source", "n_requests",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        key: str,
-        shape: Geometry,
-        blob_bytes: int,
-        seed: int,
-        source: Source,
-        limiter: RateLimiter | None,
-        out: memoryview,
-        request_bytes: int,
-    ) -> None:
-        self._key = key
-        self._shape = shape
-        self._blob_bytes = blob_bytes
-        self._seed = seed
-        self._source = source
-        self._limiter = limiter
-        self._out = out
-        self._request_bytes = request_bytes
-        self._slot_s: float | None = None
-        self.n_requests = 0
-
-    def finish(self) -> None:
-        """Wait for the end of the last request's slot."""
-        if self._limiter is not None and self._slot_s is not None:
-            self._limiter.wait(self._slot_s)
-
-    def announce(self, layer_start: int, n_groups: Sequence[int]) -> None:
-        """Tell the source of every request to come: these groups of the layers from one on."""
-        ranges = []
-        for layer, count in enumerate(n_groups, layer_start):
-            n_bytes = self._shape.read_bytes(count * GROUP_TOKENS)
-            at_byte = layer * self._blob_bytes
-            for start in range(0, n_bytes, self._request_bytes):
-                size = min(self._request_bytes, n_bytes - start)
-                ranges.append((at_byte + start, size))
-        self._source.announce(ranges)
-
-    def read_layer(self, layer: int, at_byte: int, n_groups: int) -> None:
-        """Bring the first groups of a layer to `at_byte` of the buffer.
-
-        Raises:
-            ChunkCorrupt: not all of them match.
-        """
-        shape, limiter = self._shape, self._limiter
-        n_bytes = shape.read_bytes(n_groups * GROUP_TOKENS)
-        seed, n_good, slot_s = layer_seed(self._seed, layer), 0, 0.0
-        for start in range(0, n_bytes, self._request_bytes):
-            stop = min(start + self._request_bytes, n_bytes)
-            if limiter is not None:
-                slot_s = limiter.reserve(stop - start, self._slot_s)
-            part = self._out[at_byte + start : at_byte + stop]
-            n_read = self._source.read_into(part, layer * self._blob_bytes + start)
-            self.n_requests += 1
-            if n_read < stop - start:
-                raise ChunkCorrupt(self._key, "the file is cut off", layer)
-            ready = min(stop // shape.group_bytes, n_groups)
-            bad = first_bad_group(self._out, at_byte, range(n_good, ready), shape.group_bytes, seed)
-            if bad is not None:
-                raise ChunkCorrupt(self._key, f"checksum of row group {bad}", layer, bad)
-            n_good = ready
-            if limiter is not None:
-                limiter.pace(slot_s)
-                self._slot_s = slot_s

@@ -1,16 +1,17 @@
 """`ChunkStore`: keeps encoded chunks, serves them from tiers, never returns bad rows.
 
-A chunk in a `file` or `dram` tier has one file; dram tiers share one RAM copy beside it. A `remote`
-tier holds the same bytes elsewhere. A chunk may be held by several tiers at once: one serves it,
-the others count it against their capacity and keep it alive. Several processes may have a folder
-open; writers and bookkeeping share one lock in each, never held while chunk data is read.
+A chunk in a `file`, `dram` or `device` tier has one file; dram tiers share one RAM copy beside it,
+device tiers one on the device. A `remote` tier holds the same bytes elsewhere. A chunk may be held
+by several tiers at once: one serves it, the others count it against their capacity and keep it
+alive. Several processes may have a folder open; writers and bookkeeping share one lock in each,
+never held while chunk data is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -21,22 +22,25 @@ from torch import Tensor
 
 from ..core.chunk_index import ChunkEntry, ChunkIndex, chunk_key
 from ..core.errors import CapacityError, StoreError
-from ..core.layout import ALIGN_BYTES, chunk_bytes
+from ..core.layout import ALIGN_BYTES, blob_bytes, chunk_bytes
 from ..core.model_spec import ModelSpec
 from .catalog import Catalog, Kept
 from .chunk_file import (
-    CHUNK_SUFFIX,
     ChunkCorrupt,
     ChunkMeta,
     Geometry,
     cannot_write,
-    check_chunk,
+    check_order,
+    check_values,
     encode_header,
-    pack_blobs,
-    write_chunk,
+    fill_blobs,
+    seal_blobs,
 )
-from .chunk_reader import ChunkReader, Counters, remote_error
+from .chunk_reader import ChunkReader, Counters
+from .device import CPU
+from .device_chunks import DeviceMemory
 from .layer_rows import LayerRows
+from .placement import Placement
 from .room import Room
 from .store_index import Row, StoreIndex, identity_of
 from .store_lock import Owners
@@ -58,6 +62,7 @@ class ChunkStore:
         tiers: where chunks can be served from. A tier that has less capacity than it holds on
             disk evicts at once. Processes that share a folder name the same tiers.
         memory: of the host, for a device that copies from it by itself.
+        devices: where a device tier keeps chunks; by default memory of the CPU.
 
     Raises:
         StoreError: the folder cannot be used, holds another model's chunks, or is open elsewhere
@@ -66,13 +71,15 @@ class ChunkStore:
 
     def __init__(
         self, root: Path, model: ModelSpec, model_fingerprint: str, tiers: Sequence[TierConfig],
-        memory: HostMemory | None = None,
+        memory: HostMemory | None = None, devices: DeviceMemory | None = None,
     ) -> None:  # fmt: skip
         self.root = Path(root)
         self.model = model
+        self.shape = Geometry.of(model)
         self.counters = Counters()
         self._fingerprint = model_fingerprint
         self._memory = memory
+        self._devices = devices or DeviceMemory(lambda: [(model.n_layers, CPU)])
         self._folder = self.root / "chunks"
         check_tiers(tiers)
         try:
@@ -107,33 +114,27 @@ class ChunkStore:
                 found.run()
                 self.repairs = found.repairs
             self._catalog = Catalog(self._folder, index, self.model, self.tiers, self._owners)
-            self.room = Room(self._catalog)  # counts evictions, demotions, failed removals
+            self._reader = ChunkReader(
+                self.shape, files, self._catalog, self.counters, self._devices,
+                self._memory,
+            )  # fmt: skip
+            # It counts evictions, demotions and failed removals.
+            self.room = Room(self._catalog, self._reader.to_ram)
+            self._placement = Placement(self._folder, self._catalog, self._reader, self.room)
             self.repairs["chunks_evicted"] = self.room.shrink(self.tiers.values())
         except BaseException:
             index.close()
             raise
         self.repairs["index_rebuilt"] = int(index.rebuilt)
-        self._reader = ChunkReader(
-            Geometry.of(self.model), files, self._catalog, self.counters, self._memory
-        )
         if any(self.repairs.values()):
             log.warning("repaired the chunk store %s: %s", self.root, self.repairs)
 
     # Writing
 
     def put(
-        self,
-        content_id: str,
-        k: Tensor,
-        v: Tensor,
-        order: Tensor,
-        *,
-        order_name: str,
-        tier: str,
-        kind: Literal["isolated", "prefix"] = "isolated",
-        chain: str = "",
-        tenant: str = "",
-    ) -> ChunkEntry:
+        self, content_id: str, k: Tensor, v: Tensor, order: Tensor, *, order_name: str, tier: str,
+        kind: Literal["isolated", "prefix"] = "isolated", chain: str = "", tenant: str = "",
+    ) -> ChunkEntry:  # fmt: skip
         """Keep a chunk, safe on disk when this returns; one that is there already is left as is.
 
         Args:
@@ -148,8 +149,28 @@ class ChunkStore:
             StoreError: shapes that do not fit the model, no space, no permission.
             CapacityError: the chunk is larger than the tier.
         """
+        check_values(self.model, k, v, order)
+
+        def blobs() -> np.ndarray:
+            data = np.zeros(chunk_bytes(self.model, order.numel()), dtype=np.uint8)
+            rows = k.detach().cpu(), v.detach().cpu(), order.to("cpu", torch.int64)
+            fill_blobs(self.shape, torch.from_numpy(data), *rows)
+            return data
+
+        return self.put_blobs(
+            content_id, order, blobs, order_name=order_name, tier=tier, kind=kind, chain=chain,
+            tenant=tenant,
+        )  # fmt: skip
+
+    def put_blobs(
+        self, content_id: str, order: Tensor, blobs: Callable[[], np.ndarray], *, order_name: str,
+        tier: str, kind: Literal["isolated", "prefix"] = "isolated", chain: str = "",
+        tenant: str = "",
+    ) -> ChunkEntry:  # fmt: skip
+        """See `put`; `blobs` gives rows in that order as `fill_blobs` writes them, uint8 [chunk
+        bytes], once there is room for them. They are the store's from then on."""
         where = self._tier(tier)
-        order = check_chunk(self.model, k, v, order)
+        order = check_order(order)
         n_tokens = order.numel()
         key = chunk_key(
             content_id, model=self._fingerprint, order=order_name, dtype=self.model.stored_dtype,
@@ -168,9 +189,10 @@ class ChunkStore:
                     self.model.stored_dtype, kind, chain, order_name, _tenant_id(tenant), tier,
                 )  # fmt: skip
                 header = encode_header(meta, order.numpy())
-                blobs = pack_blobs(self.model, key, k.detach().cpu(), v.detach().cpu(), order)
-                blobs = self._reader.lasting(blobs) if where.is_dram else blobs
-                self._write(where, key, header, blobs)
+                data = blobs()
+                seal_blobs(self.shape, key, data, n_tokens)
+                copy = self._reader.new_copy(where, data)
+                self._placement.write(where, key, header, data, blob_bytes(self.model, n_tokens))
                 row = Row(
                     key, content_id, n_tokens, kind, chain, order_name, meta.tenant_id,
                     len(header), (tier,),
@@ -179,26 +201,12 @@ class ChunkStore:
                     with catalog.changed, catalog.shared():
                         kept = catalog.settle(row)
                         kept.order = order
-                        if where.is_dram:
-                            catalog.ram[key] = blobs
+                        catalog.keep_copy(key, copy)
                         self.counters.puts += 1
                 except BaseException:
-                    self.room.remove_bytes(where, key, self._path(key))
+                    self.room.remove_bytes(where, key, self._placement.path(key))
                     raise
         return kept.entry
-
-    def _write(self, where: StoreTier, key: str, header: bytes, blobs: np.ndarray) -> None:
-        """Put a claimed chunk's bytes where the tier keeps them."""
-        if where.remote is None:
-            write_chunk(self._path(key), header, blobs)
-            return
-        try:
-            where.remote.write(key, header, blobs, blobs.nbytes // self.model.n_layers)
-        except OSError as e:
-            raise remote_error(where, key, e) from None
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}{CHUNK_SUFFIX}"
 
     def place(self, key: str, tier: str) -> ChunkEntry:
         """Serve a chunk from `tier` from now on, copying its bytes there if they are not.
@@ -210,39 +218,15 @@ class ChunkStore:
             CapacityError: the chunk is larger than the tier.
             ChunkCorrupt: its bytes are bad; nothing was changed.
         """
-        where = self._tier(tier)
-        catalog = self._catalog
-        with catalog.claim(key):
-            kept = catalog.find(key)
-            try:
-                if tier in kept.tiers:
-                    if where.is_dram:
-                        self._reader.load_ram(kept)
-                    with catalog.changed, catalog.shared():
-                        catalog.serve_from(kept, tier)
-                else:
-                    with self.room.take(key, where, kept.entry.n_bytes):
-                        self._bring(kept, where)
-            finally:
-                catalog.drop_unused_ram(kept)
-            catalog.touch(kept)
-            return kept.entry
+        return self._placement.place(key, self._tier(tier)).entry
 
-    def _bring(self, kept: Kept, where: StoreTier) -> None:
-        """Have the bytes of a claimed chunk in one more tier, where room was taken."""
-        catalog, key = self._catalog, kept.entry.key
-        writes = where.remote is not None or not catalog.has_file(kept)
-        if writes:
-            self._write(where, key, *self._reader.whole(kept))
-        try:
-            if where.is_dram:
-                self._reader.load_ram(kept)
-            with catalog.changed, catalog.shared():
-                catalog.arrive(kept, where)
-        except BaseException:
-            if writes:
-                self.room.remove_bytes(where, key, kept.path)
-            raise
+    def forget_devices(self) -> None:
+        """Let go of what lies on devices, as their layers are about to change.
+
+        Device tiers hold the same chunks as before, and take each up again at its next use.
+        """
+        with self._catalog.changed:
+            self._catalog.on_device.clear()
 
     def discard(self, key: str) -> None:
         """Forget a chunk everywhere; unknown keys are ignored."""
@@ -390,7 +374,11 @@ class ChunkStore:
 
     def _known_tiers(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `names` that this store has, else its first file tier, else its first."""
-        by_medium = sorted(self.tiers, key=lambda name: self.tiers[name].is_dram)
+
+        def in_memory(name: str) -> bool:
+            return self.tiers[name].is_dram or self.tiers[name].is_device
+
+        by_medium = sorted(self.tiers, key=in_memory)
         return tuple(name for name in names if name in self.tiers) or (by_medium[0],)
 
 

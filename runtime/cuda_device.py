@@ -23,8 +23,11 @@ from .device import COPY_OUT, URGENT, Device, Graph, Ranges, aligned, joined
 COPY_BELOW_ROWS = 16
 """So few pieces go by the copy engine, whatever their size."""
 
+PLACE = "place"
+"""The stream of copies that stay."""
+
 if TYPE_CHECKING:
-    from ..kernels.packing import Packed
+    from ..kernels.packing import Packed, Per
     from ..kernels.tile_plan import TilePlan
     from .attention import Rows
 
@@ -143,6 +146,16 @@ class CudaDevice(Device):
             here.copy_(pages[start : start + size], non_blocking=True)
         return out
 
+    def hold(self, pages: Tensor) -> Tensor:
+        """See `Device`; on a stream of its own, so that it is not in the way of copies on the path,
+        and that the memory of a chunk that went serves the next one."""
+        held: list[Tensor] = []
+        stream = self.stream(PLACE)
+        stream.run(lambda: held.append(self.upload_pages(pages, [(0, pages.numel())])))
+        with self.waiting("chunk placed"):
+            stream.mark().wait()
+        return held[0]
+
     @property
     def copy_from_bytes(self) -> int:
         """See `Device`; measured once per GPU and process."""
@@ -215,6 +228,13 @@ class CudaDevice(Device):
 
         with self.current():
             restore(k, v, positions, k_out, v_out, cos, sin)
+
+    def pack(self, x: Tensor, bits: int, per: Per) -> Packed:
+        """See `kernels.pack.pack`."""
+        from ..kernels.pack import pack
+
+        with self.current():
+            return pack(x, bits, per)
 
     def deviation(self, k_new: Tensor, k_old: Tensor) -> Tensor:
         """See `kernels.deviation.deviation`."""

@@ -3,8 +3,8 @@
 Each stream of the plan has a thread that launches its ops in order, and one that waits for their
 ends; a compute or restore op is launched once those it depends on are, and follows their events on
 the device. An I/O stream's thread waits for the ends of its dependencies, reads into pinned pages,
-and queues the copy on its device's copy-in stream; the next read goes on meanwhile. Times are those
-of the devices' events, on the host's clock.
+and queues the copy on its device's copy-in stream, where what lies on the device already has no
+place; the next read goes on meanwhile. Times are those of the devices' events, on the host's clock.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class CudaExecutor(WorkerExecutor):
             try:
                 if op.kind == "load":
                     places.acquire()
-                    self._load(task, lane[0])
+                    self._load(task, lane)
                 else:
                     self._launch(task, lane)
             except BaseException as e:
@@ -141,8 +141,8 @@ class CudaExecutor(WorkerExecutor):
         stream.run(lambda: self._make(task))
         task.end = stream.mark()
 
-    def _load(self, task: _Task, device: int) -> None:
-        """Read on the host once the dependencies have ended, then queue the copy."""
+    def _load(self, task: _Task, lane: Lane) -> None:
+        """Read on the host once the dependencies have ended, then queue the copy, if any."""
         for dep in task.deps:
             dep.ended.wait()
         if self._stopping:
@@ -150,11 +150,15 @@ class CudaExecutor(WorkerExecutor):
         task.begin_ns = self.now_ns()
         task.sessions = self._sessions_of(task.op)
         task.made.append(self._call(task.sessions, task.op))
-        stream = self._stream((device, COPY_IN))
+        handlers, stream = self._handlers[lane[0]], self._stream((lane[0], COPY_IN))
         if not task.sessions[0].failed:
             # What was read is kept until the copy has ended.
-            task.keep += self._handlers[device].read_by(task.sessions[0], task.op)
-            stream.run(lambda: self._copy(task))
+            reads = handlers.read_by(task.sessions[0], task.op)
+            task.keep += reads
+            if reads and all(rows.is_on(handlers.device) for rows in reads):
+                stream = self._stream(lane)
+            else:
+                stream.run(lambda: self._copy(task))
         task.end = stream.mark()
 
     @torch.inference_mode()

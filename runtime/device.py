@@ -24,7 +24,7 @@ from ..core.layout import ALIGN_BYTES
 from ..core.timeline import HostWait
 from ..kernels import reference
 from ..kernels.decode_reference import decode_pooled
-from ..kernels.packing import Packed
+from ..kernels.packing import Packed, Per, pack
 
 if TYPE_CHECKING:
     from .attention import Rows
@@ -150,6 +150,10 @@ class Device:
         """
         return torch.cat([pages[start : start + size] for start, size in joined(ranges)])
 
+    def hold(self, pages: Tensor) -> Tensor:
+        """A copy of uint8 host pages that stays here, whole when this returns: off the path."""
+        return self.upload_pages(pages, [(0, pages.numel())])
+
     def download(self, here: Tensor) -> Callable[[], Tensor]:
         """What gives a host copy once the running op has ended."""
         return lambda: here
@@ -189,6 +193,10 @@ class Device:
         else:
             assert isinstance(k, Tensor) and isinstance(v, Tensor)
             reference.restore(k, v, positions, k_out, v_out, **tables)
+
+    def pack(self, x: Tensor, bits: int, per: Per) -> Packed:
+        """See `kernels.packing.pack`; the same bytes on every device."""
+        return pack(x, bits, per)
 
     def deviation(self, k_new: Tensor, k_old: Tensor) -> Tensor:
         """See `kernels.reference.deviation`."""

@@ -43,7 +43,7 @@ class EventClock:
     def ns(self, mark: Any) -> int:
         """Host nanoseconds at which a mark that is done was reached; never in the future."""
         with self._lock:
-            since = mark.ns_since(self._anchor)
+            since: float = mark.ns_since(self._anchor)
             at = self._at_ns + round(since)
             now = time.perf_counter_ns()
             if at > now:

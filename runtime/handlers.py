@@ -83,7 +83,7 @@ class Handlers:
         return Outcome(failed_chunks=tuple(failed)) if failed else NOTHING
 
     def read_by(self, session: Session, op: Op) -> list[LayerRows]:
-        """What a load has read, in host memory."""
+        """What a load has read, in host memory or on the device."""
         layers = range(op.layer_start, op.layer_stop)
         found = (session.staged.get((c, layer)) for c in op.chunks for layer in layers)
         return list({id(rows): rows for rows in found if rows is not None}.values())

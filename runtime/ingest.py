@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ..core.chunk_index import ChunkEntry, chain_id, chunk_key, content_id_of
 from ..core.errors import StoreError, WorkloadError
 from ..core.rng import rng
 from .chunk_store import ChunkStore
+from .encoded_kv import EncodedKv
 from .stages import Stages
 from .transformer import Transformer
 from .write_back import WriteBack
@@ -97,21 +99,35 @@ class Ingestor:
         content_id = content_id_of(token_ids)
         started = time.perf_counter()
         ids = torch.tensor(list(token_ids))
-        k, v = self.transformer.encode(ids)
+        kv = self.transformer.encode(ids)
+        kv.wait()
         encoded = time.perf_counter()
-        order = self._order(selector, content_id, ids, k, v, neighbours)
+        order = self._order(selector, content_id, ids, kv, neighbours)
         scored = time.perf_counter()
+        put, n_bytes = self._putting(content_id, kv, order)
+        packing_s = time.perf_counter() - scored
 
         def write() -> ChunkEntry:
             begun = time.perf_counter()
-            entry = self.store.put(
-                content_id, k, v, order, order_name=selector, tier=tier, tenant=tenant
-            )
-            took = time.perf_counter() - begun
+            entry = put(order_name=selector, tier=tier, tenant=tenant)
+            took = packing_s + time.perf_counter() - begun
             self._note(content_id, len(token_ids), encoded - started, scored - encoded, took)
             return entry
 
-        return write, k.nbytes + v.nbytes
+        return write, n_bytes
+
+    def _putting(
+        self, content_id: str, kv: EncodedKv, order: Tensor
+    ) -> tuple[Callable[..., ChunkEntry], int]:
+        """What puts a chunk into the store, and the bytes of host memory that this holds.
+
+        Values on the host are packed when they are written; those of a GPU are now, there.
+        """
+        if kv.on_host:
+            k, v = kv.host_k, kv.host_v
+            return partial(self.store.put, content_id, k, v, order), k.nbytes + v.nbytes
+        blobs = kv.blobs(self.store.shape, order)
+        return partial(self.store.put_blobs, content_id, order, lambda: blobs), blobs.nbytes
 
     def kept(self, content_id: str, selector: str, tenant: str = "") -> ChunkEntry | None:
         """The entry of a chunk that was encoded alone, None if the store has none."""
@@ -139,7 +155,7 @@ class Ingestor:
     ) -> list[ChunkEntry]:
         """Store chunks as they are behind one another: exact `prefix` entries of that chain."""
         flat = torch.tensor([t for chunk in chunks for t in chunk])
-        k, v = self.transformer.encode(flat)
+        kv = self.transformer.encode(flat)
         entries = []
         chain = ""
         start = 0
@@ -147,17 +163,9 @@ class Ingestor:
             content_id = content_id_of(chunk)
             chain = chain_id(chain, content_id)
             stop = start + len(chunk)
-            entry = self.store.put(
-                content_id,
-                k[:, start:stop],
-                v[:, start:stop],
-                torch.arange(stop - start),
-                order_name=selector,
-                tier=tier,
-                kind="prefix",
-                chain=chain,
-                tenant=tenant,
-            )
+            order = torch.arange(stop - start)
+            put, _ = self._putting(content_id, kv.tokens(start, stop), order)
+            entry = put(order_name=selector, tier=tier, kind="prefix", chain=chain, tenant=tenant)
             entries.append(entry)
             start = stop
         return entries
@@ -167,23 +175,23 @@ class Ingestor:
         selector: str,
         content_id: str,
         ids: Tensor,
-        k: Tensor,
-        v: Tensor,
+        kv: EncodedKv,
         neighbours: Sequence[Sequence[int]],
     ) -> Tensor:
-        k_np, v_np = k.float().numpy(), v.float().numpy()
-        n = len(ids)
-        if selector == "low_pass":
-            score = selectors.low_pass_score(k_np, v_np)
-        elif selector == "high_pass":
-            score = selectors.high_pass_score(k_np, v_np)
-        elif selector == "chunk_start":
-            score = selectors.chunk_start_score(n)
+        """int64 `[N]`; K and V come to the host only for a selector that looks at them."""
+        if selector == "chunk_start":
+            score = selectors.chunk_start_score(len(ids))
         elif selector == "random":
-            score = selectors.random_score(n, content_id, self.seed)
+            score = selectors.random_score(len(ids), content_id, self.seed)
         else:
-            behind = self._behind(content_id, ids, neighbours)
-            score = selectors.spread_high_pass_score(k_np, v_np, behind)
+            k, v = kv.host_k.float().numpy(), kv.host_v.float().numpy()
+            if selector == "low_pass":
+                score = selectors.low_pass_score(k, v)
+            elif selector == "high_pass":
+                score = selectors.high_pass_score(k, v)
+            else:
+                behind = self._behind(content_id, ids, neighbours)
+                score = selectors.spread_high_pass_score(k, v, behind)
         return torch.from_numpy(selectors.stored_order(score))
 
     def _behind(
@@ -202,8 +210,7 @@ class Ingestor:
         out = []
         for i in pick:
             text = torch.tensor(list(others[i])[-NEIGHBOURS_TOKENS:])
-            _, v = self.transformer.encode(ids, behind=text)
-            out.append(v.float().numpy())
+            out.append(self.transformer.encode(ids, behind=text).host_v.float().numpy())
         return out
 
     def _note(self, content_id: str, n: int, encode: float, score: float, write: float) -> None:

@@ -20,12 +20,13 @@ from .device import Device
 class LayerRows:
     """Verified rows of some layers of one chunk, in a staging buffer that it keeps alive.
 
-    The buffer goes back to its pool when the last view of it is gone. `n_bytes` and `n_requests`
-    say what was read.
+    The buffer goes back to its pool when the last view of it is gone. `n_bytes` are what the rows
+    take, `n_requests` what was asked of the medium for them: nothing where they lie on a device.
     """
 
     __slots__ = (
-        "_at_byte", "_shape", "elements", "layer_start", "n_bytes", "n_requests", "n_rows", "tier",
+        "_at_byte", "_shape", "device", "elements", "layer_start", "n_bytes", "n_requests",
+        "n_rows", "tier",
     )  # fmt: skip
 
     def __init__(
@@ -35,8 +36,11 @@ class LayerRows:
         layer_start: int,
         n_rows: tuple[int, ...],
         at_byte: list[int],
+        device: Device | None = None,
     ) -> None:
         self._shape = shape
+        self.device = device
+        """Where they are; None in host memory."""
         pages = staging if isinstance(staging, Tensor) else torch.from_numpy(staging)
         self.elements = pages.view(shape.element_dtype)
         self._at_byte = at_byte
@@ -46,13 +50,27 @@ class LayerRows:
         self.n_requests = 0
         self.tier = ""
 
+    def is_on(self, device: Device) -> bool:
+        """Whether there is nothing to copy to that device."""
+        return self.device is device
+
     def on(self, device: Device) -> LayerRows:
-        """The same rows on a device, without gaps; these must not change before that is done."""
+        """The same rows on a device: as they are if they are there, else without gaps.
+
+        Those of the host must not change before that is done.
+        """
+        if self.is_on(device):
+            return self
+        if self.device is not None:
+            return self._over(device.move(self.elements), self._at_byte, device)
         sizes = [self._shape.read_bytes(n) for n in self.n_rows]
         ranges = list(zip(self._at_byte, sizes, strict=True))
         pages = device.upload_pages(self.elements.view(torch.uint8), ranges)
         at_byte = [0, *accumulate(sizes)][:-1]
-        moved = LayerRows(self._shape, pages, self.layer_start, self.n_rows, at_byte)
+        return self._over(pages, at_byte, device)
+
+    def _over(self, pages: Tensor, at_byte: list[int], device: Device) -> LayerRows:
+        moved = LayerRows(self._shape, pages, self.layer_start, self.n_rows, at_byte, device)
         moved.n_bytes, moved.n_requests, moved.tier = self.n_bytes, self.n_requests, self.tier
         return moved
 

@@ -125,7 +125,8 @@ def _read_weights(folder: Path, dtype: str) -> Any:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        library: Any = AutoModelForCausalLM
+        model, info = library.from_pretrained(
             folder,
             config=buildable(config),
             dtype=getattr(torch, dtype),
@@ -207,5 +208,5 @@ def _fingerprint(model: nn.Module, spec: ModelSpec) -> str:
         digest.update(bytes(rope.of_layer))
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

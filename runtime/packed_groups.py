@@ -9,7 +9,7 @@ whole row groups is unpacked like any other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -19,7 +19,10 @@ from torch import Tensor, float16
 from ..core.layout import GROUP_TOKENS, SCALE_CHANNELS, group_bytes, packed_parts
 from ..core.model_spec import STORED_BITS, ModelSpec
 from ..core.units import ceil_div
-from ..kernels.packing import Packed, pack
+from ..kernels.packing import Packed, Per
+
+Pack = Callable[[Tensor, int, Per], Packed]
+"""`kernels.packing.pack` of some device."""
 
 
 def fill_groups(groups: Tensor, rows: Tensor) -> None:
@@ -49,7 +52,7 @@ class PackedGroups:
         bits = STORED_BITS[model.stored]
         return PackedGroups(bits, model.n_kv_heads, model.head_dim, group_bytes(model), starts)
 
-    def fill(self, data: Tensor, at_byte: int, k: Tensor, v: Tensor) -> None:
+    def fill(self, data: Tensor, at_byte: int, k: Tensor, v: Tensor, pack: Pack) -> None:
         """Pack K before RoPE and V, `[N, HK, D]` each, into the groups at `at_byte` of uint8."""
         n_groups = ceil_div(k.shape[0], GROUP_TOKENS)
         views = self._views(data, at_byte, n_groups)
@@ -72,9 +75,9 @@ class PackedGroups:
         """
         views = [self._views(*piece) for piece in pieces]
         parts = [torch.cat(part) for part in zip(*views, strict=True)]
-        k_codes, *of_v = (part.flatten(0, 1) for part in (parts[0], *parts[3:]))
+        k_codes, codes, scale, zero = (part.flatten(0, 1) for part in (parts[0], *parts[3:]))
         k = Packed(k_codes, parts[1], parts[2], self.bits, "channel", self.head_dim)
-        return k, Packed(*of_v, self.bits, "token", self.head_dim)
+        return k, Packed(codes, scale, zero, self.bits, "token", self.head_dim)
 
     def _views(self, data: Tensor, at_byte: int, n_groups: int) -> list[Tensor]:
         """Each part of all groups: codes `[G, 32, HK, bytes]`, of K `[G, HK, D]`, of V

@@ -57,7 +57,7 @@ class ObjectMedium:
 
     def write(self, key: str, header: bytes, blobs: np.ndarray, blob_bytes: int) -> None:
         """Keep a chunk."""
-        data = b"".join((header, memoryview(blobs).cast("B")))
+        data = b"".join((header, blobs.data.cast("B")))
         with _os_errors(key):
             self._library.put(self.store, self._path(key), data)
 

@@ -41,7 +41,7 @@ class RedisMedium:
 
     def write(self, key: str, header: bytes, blobs: np.ndarray, blob_bytes: int) -> None:
         """Keep a chunk; what a failed write left is removed if the server can be reached."""
-        view = memoryview(blobs).cast("B")
+        view = blobs.data.cast("B")
         layers = range(len(view) // blob_bytes)
 
         def put(connection: RespConnection) -> None:

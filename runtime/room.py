@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..core.errors import CapacityError
 from .catalog import POLL_S, Catalog, Kept
+from .device_chunks import DeviceChunk
 from .tiers import StoreTier
 
 log = logging.getLogger(__name__)
@@ -19,17 +20,25 @@ ROOM_WAIT_S = 10.0
 Doomed = list[tuple[StoreTier, Kept]]
 """Chunks that have left a tier whose medium still holds their bytes."""
 
+Fallen = list[tuple[Kept, DeviceChunk]]
+"""Chunks that have gone from a device to RAM, where their bytes are not yet."""
+
 
 class Room:
-    """Takes bytes of tiers, evicting by each tier's policy. Never more than the capacity."""
+    """Takes bytes of tiers, evicting by each tier's policy. Never more than the capacity.
 
-    def __init__(self, catalog: Catalog) -> None:
+    Args:
+        to_ram: brings to RAM what was on a device, after it was evicted from there.
+    """
+
+    def __init__(self, catalog: Catalog, to_ram: Callable[[Kept, DeviceChunk], None]) -> None:
         self.evictions = 0
         self.demotions = 0
         """Evictions after which a lower tier still has the chunk."""
         self.remove_failures = 0
         """Bytes that could not be removed, as from a remote tier that does not answer."""
         self._catalog = catalog
+        self._to_ram = to_ram
 
     @contextmanager
     def take(self, key: str, tier: StoreTier, n_bytes: int) -> Iterator[None]:
@@ -84,9 +93,10 @@ class Room:
         """Evict as needed and take the bytes; False when there are not enough yet."""
         catalog = self._catalog
         doomed: Doomed = []
+        fallen: Fallen = []
         try:
             with catalog.changed, catalog.shared():
-                self._evict_for(tier, n_bytes, doomed)
+                self._evict_for(tier, n_bytes, doomed, fallen)
                 taken = tier.fits(n_bytes)
                 if taken and n_bytes:
                     tier.used_bytes += n_bytes
@@ -95,10 +105,12 @@ class Room:
             catalog.claimed.difference_update(kept.entry.key for _, kept in doomed)
             raise
         self.remove(doomed)
+        for victim, copy in fallen:
+            self._to_ram(victim, copy)
         return taken
 
-    def _evict_for(self, tier: StoreTier, n_bytes: int, doomed: Doomed) -> None:
-        """Evict until the bytes fit once those of `doomed`, which it fills, are removed."""
+    def _evict_for(self, tier: StoreTier, n_bytes: int, doomed: Doomed, fallen: Fallen) -> None:
+        """Evict until the bytes fit once those of `doomed` are removed; fills it and `fallen`."""
         catalog = self._catalog
         freed = 0
         busy: set[str] | None = None
@@ -107,7 +119,7 @@ class Room:
                 busy = catalog.busy()
                 continue  # a dead process may have held it all
             victim = self._victim(tier, busy)
-            if victim is None or not self._demoted(victim, tier, doomed):
+            if victim is None or not self._demoted(victim, tier, doomed, fallen):
                 break
             self.evictions += 1
             if catalog.leave(victim, tier, evicted=True):
@@ -115,17 +127,20 @@ class Room:
                 busy.add(victim.entry.key)
                 doomed.append((tier, victim))
 
-    def _demoted(self, victim: Kept, tier: StoreTier, doomed: Doomed) -> bool:
+    def _demoted(self, victim: Kept, tier: StoreTier, doomed: Doomed, fallen: Fallen) -> bool:
         """Have the victim counted in the tier below, if there is one; False: once more later."""
         below = self._catalog.below(tier)
         size = victim.entry.n_bytes
         if below is None or below.name in victim.tiers or not below.can_hold(size):
             return True
         before = len(doomed)
-        self._evict_for(below, size, doomed)
+        self._evict_for(below, size, doomed, fallen)
         if below.fits(size):
             self._catalog.add_place(victim, below)
             self.demotions += 1
+            copy = self._catalog.on_device.get(victim.entry.key)
+            if copy is not None and below.is_dram:
+                fallen.append((victim, copy))
             return True
         return len(doomed) == before  # nothing can leave the tier below: then it is lost
 

@@ -30,7 +30,7 @@ def check_rope(transformer: Transformer | Stages) -> float:
     draw = rng(0, "rope_gate").integers(0, spec.vocab_size, N_PROBE_TOKENS)
     ids = torch.from_numpy(draw)
     positions = torch.arange(offset, offset + N_PROBE_TOKENS)
-    fresh, k_raw, v_raw = transformer.encode_at(ids, positions)
+    fresh, raw = transformer.encode_at(ids, positions)
     device = transformer.device
     again = KvBuffer(spec, fresh.n_slots, [(spec.n_layers, device)])
     here = device.upload(positions)
@@ -38,7 +38,7 @@ def check_rope(transformer: Transformer | Stages) -> float:
     for layer in range(spec.n_layers):
         cos, sin = transformer.rope_table(offset + N_PROBE_TOKENS, layer)
         device.restore(
-            device.upload(k_raw[layer]), device.upload(v_raw[layer]), here,
+            device.upload(raw.host_k[layer]), device.upload(raw.host_v[layer]), here,
             again.k[layer], again.v[layer], cos, sin,
         )  # fmt: skip
         of_layer = transformer.device_of(layer)

@@ -24,6 +24,7 @@ from ..core.workload import Request, Workload
 from .chunk_store import ChunkStore
 from .cuda_executor import CudaExecutor
 from .device import Device, open_device, stage_devices
+from .device_chunks import DeviceMemory
 from .executor import CpuExecutor, SessionSource, WorkerExecutor
 from .handlers import Handlers
 from .ingest import Ingestor
@@ -101,7 +102,10 @@ class Runner:
         if self.device.kind != "cpu":
             memory = HostMemory(self.device.host_pages, self.device.lasting_pages)
             _ = self.device.copy_from_bytes  # measured now, not within the first request
-        self.store = ChunkStore(Path(store_dir), self.spec, loaded.fingerprint, tiers, memory)
+        self.store = ChunkStore(
+            Path(store_dir), self.spec, loaded.fingerprint, tiers, memory,
+            DeviceMemory(lambda: self.stages.places),
+        )  # fmt: skip
         self.write_back = WriteBack(write_back_bytes) if write_back_bytes else None
         self.ingestor = Ingestor(self.transformer, self.store, seed=seed)
 
@@ -118,6 +122,9 @@ class Runner:
             PlanError, DeviceError, CapacityError: too many for the layers or the devices.
         """
         if len(self.stages.devices) != n:
+            if self.write_back is not None:
+                self.write_back.flush()  # or it would put chunks where the layers were
+            self.store.forget_devices()
             self.stages.release()
             self.stages = self._cut(n)
             self.transformer = self.ingestor.transformer = self.stages.encoder
@@ -384,15 +391,9 @@ class Runner:
         token_ids = token_tensor([*(chunk for chunk in ids if chunk), request.suffix_ids])
         if self.device.kind != "cpu":  # a table that grew within an op would hold up its stream
             self.stages.rope_tables(len(token_ids))
+        buffer = self._pool.take(len(token_ids) + request.max_output_tokens)
         return Session(
-            request.request_id,
-            attempt,
-            token_ids,
-            decision,
-            self.store.order,
-            self._pool.take(len(token_ids) + request.max_output_tokens),
-            request.output_tokens,
-            self.spec.n_layers,
-            stop_tokens=stop_tokens,
+            request.request_id, attempt, token_ids, decision, self.store.order, buffer,
+            request.output_tokens, self.spec.n_layers, stop_tokens=stop_tokens,
             keep_suffix_logits=keep_suffix_logits,
-        )
+        )  # fmt: skip

@@ -18,6 +18,7 @@ from ..core.plan import ReusePlan
 from .attention import Rows
 from .cuda_graphs import DecodeGraphs
 from .device import Device
+from .encoded_kv import EncodedKv, EncodedPart
 from .kv_buffer import KvBuffer, KvPool, Place
 from .kv_slab import SlabPool
 from .loaded_model import LoadedModel
@@ -117,14 +118,13 @@ class Stages:
         """See `Transformer`; the first stage's."""
         return self.transformers[0].rope_table(n_positions, layer)
 
-    def encode(self, token_ids: Tensor, behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, token_ids: Tensor, behind: Tensor | None = None) -> EncodedKv:
         """See `Transformer`."""
         ids = token_ids if behind is None else torch.cat([behind, token_ids])
-        _, k, v = self.encode_at(ids, torch.arange(ids.numel()))
-        skip = ids.numel() - token_ids.numel()
-        return k[:, skip:].contiguous(), v[:, skip:].contiguous()
+        _, encoded = self.encode_at(ids, torch.arange(ids.numel()))
+        return encoded.tokens(ids.numel() - token_ids.numel(), ids.numel())
 
-    def encode_at(self, token_ids: Tensor, positions: Tensor) -> tuple[KvBuffer, Tensor, Tensor]:
+    def encode_at(self, token_ids: Tensor, positions: Tensor) -> tuple[KvBuffer, EncodedKv]:
         """See `Transformer`."""
         n_slots = int(positions[-1]) + 1
         buffer = KvBuffer(self.spec, n_slots, self.places)
@@ -132,13 +132,13 @@ class Stages:
             for tensor in (*buffer.k, *buffer.v):
                 tensor.zero_()
         hidden = self.transformers[0].embed(self.device.upload(token_ids))
-        found: list[tuple[Tensor, Tensor]] = []
+        parts: list[EncodedPart] = []
         for transformer, (start, stop) in zip(self.transformers, self.ranges, strict=True):
             device = transformer.device
             rows = Rows.of(buffer, 0, positions, device)
             hidden, k, v = transformer.encode_layers(device.move(hidden), rows, start, stop)
-            found.append((device.to_host(k, "ingest"), device.to_host(v, "ingest")))
-        return buffer, torch.cat([k for k, _ in found]), torch.cat([v for _, v in found])
+            parts.append(EncodedPart(device, k, v))
+        return buffer, EncodedKv(tuple(parts))
 
     def _pool(self, kv_capacity_tokens: int) -> KvPool | SlabPool:
         if self.device.pooled_decode:

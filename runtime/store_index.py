@@ -284,8 +284,11 @@ class StoreIndex:
 
 
 def _row(fields: tuple[Any, ...]) -> Row:
-    *most, tiers = fields
-    return Row(*most, tuple(json.loads(tiers)))
+    key, content_id, n_tokens, kind, chain, order_name, tenant_id, header_bytes, tiers = fields
+    return Row(
+        key, content_id, n_tokens, kind, chain, order_name, tenant_id, header_bytes,
+        tuple(json.loads(tiers)),
+    )  # fmt: skip
 
 
 def wrong_model(folder: Path, values: str) -> StoreError:

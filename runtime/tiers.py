@@ -1,4 +1,4 @@
-"""Where chunk bytes are read from: RAM, files or another machine, fast or acting as slower."""
+"""Where chunk bytes are: the device, RAM, files or another machine, fast or acting as slower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
 
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 MIN_BUFFER_BYTES = 64 << 10
 POOL_BYTES_PER_SIZE = 128 << 20
 MIN_FREE_PER_SIZE = 4
+
+Medium = Literal["device", "dram", "file", "remote"]
+DEMOTIONS = (("device", "dram"), ("device", "file"), ("dram", "file"))
+"""From which medium to which an evicted chunk may go on."""
 
 HostPages = Callable[[int], Any]
 """Makes a buffer of that many bytes, whole pages."""
@@ -51,13 +55,17 @@ class TierConfig:
     With `limit_bytes_per_s` the medium acts as a slower one: its workers share a link of that
     rate, and every request also takes `read_latency_s`. Without it, no latency is added.
     `capacity_bytes` counts blobs (`core.layout.chunk_bytes`), headers left out; None is unbounded.
-    A dram tier's capacity holds in each process that has the store open. `url` says where a remote
-    tier lies (remote.py); it may hold a password, so it is never printed. What a dram tier evicts
-    goes on in the file tier `demote_to`, whose bytes are on disk already, if one is named.
+    A dram or device tier's capacity holds in each process that has the store open. A device tier
+    keeps chunks where the model computes (device_chunks.py); its capacity is that of all pipeline
+    stages together, and as nothing is moved on a read, it takes no limit; unbounded, it takes
+    chunks until the device has no memory left (CapacityError). `url` says where a remote
+    tier lies (remote.py); it may hold a password, so it is never printed. What a device or dram
+    tier evicts goes on in the tier `demote_to`, if one is named: a file tier, whose bytes are on
+    disk already, or from a device a dram tier.
     """
 
     name: str
-    medium: Literal["dram", "file", "remote"]
+    medium: Medium
     limit_bytes_per_s: float | None = None
     capacity_bytes: int | None = None
     read_latency_s: float = 0.0
@@ -68,17 +76,23 @@ class TierConfig:
     def __post_init__(self) -> None:
         rate = self.limit_bytes_per_s
         if (
-            self.medium not in ("dram", "file", "remote")
+            self.medium not in get_args(Medium)
             or (rate is not None and not rate > 0)
             or (self.capacity_bytes is not None and self.capacity_bytes < 0)
             or not self.read_latency_s >= 0
             or (self.medium == "remote") != bool(self.url)
         ):
             raise StoreError(
-                "a tier must be dram, file or, with a URL, remote, its limit above 0, capacity "
-                "and latency not below 0",
+                "a tier must be device, dram, file or, with a URL, remote, its limit above 0, "
+                "capacity and latency not below 0",
                 values=repr(self),
                 remedy="correct the value, or leave it out",
+            )
+        if self.medium == "device" and (rate is not None or self.read_latency_s):
+            raise StoreError(
+                "a device tier takes no limit and no latency, as nothing is moved on a read",
+                values=repr(self),
+                remedy="limit a dram tier instead",
             )
 
     @property
@@ -92,7 +106,7 @@ def check_tiers(configs: Sequence[TierConfig]) -> None:
     """Refuse tiers that do not fit together.
 
     Raises:
-        StoreError: none, a name that comes twice, or a demotion that is not from RAM to a file.
+        StoreError: none, a name that comes twice, or a demotion to a medium that is not slower.
     """
     by_name = {config.name: config for config in configs}
     if not configs or len(by_name) != len(configs):
@@ -104,11 +118,12 @@ def check_tiers(configs: Sequence[TierConfig]) -> None:
     for config in configs:
         below = by_name.get(config.demote_to or config.name)
         moves = config.demote_to is not None
-        if below is None or (moves and (config.medium, below.medium) != ("dram", "file")):
+        if below is None or (moves and (config.medium, below.medium) not in DEMOTIONS):
             raise StoreError(
-                "demote_to must name a file tier, and be set for dram tiers only",
+                "demote_to must name a file tier, or for a device tier a dram tier, and be set "
+                "for device and dram tiers only",
                 values=f"tier '{config.name}' ({config.medium}) to {config.demote_to!r}",
-                remedy="name a file tier of this store, or leave it out",
+                remedy="name such a tier of this store, or leave it out",
             )
 
 
@@ -133,6 +148,11 @@ class StoreTier:
     def is_dram(self) -> bool:
         """True when chunks are served from RAM."""
         return self.config.medium == "dram"
+
+    @property
+    def is_device(self) -> bool:
+        """True when chunks are served from where they lie on the device."""
+        return self.config.medium == "device"
 
     @property
     def unbuffered(self) -> bool | None:

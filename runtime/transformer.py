@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .attention import Packed, Rows, Scatter, packed
 from .device import CPU, Device
+from .encoded_kv import EncodedKv, EncodedPart
 from .kv_buffer import KvBuffer
 from .layer_rope import Angles, LayerRope
 from .loaded_model import LoadedModel
@@ -128,27 +129,26 @@ class Transformer:
         out: Tensor = self.parts.lm_head(self.parts.norm(hidden))
         return out[0].float()
 
-    def encode(self, token_ids: Tensor, behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """K before RoPE and V of a chunk, `[L, N, HK, D]` each.
+    def encode(self, token_ids: Tensor, behind: Tensor | None = None) -> EncodedKv:
+        """K before RoPE and V of a chunk.
 
         Args:
             token_ids: `[N]`, the chunk.
             behind: `[M]`, text that stands before it; None encodes it alone.
         """
         ids = token_ids if behind is None else torch.cat([behind, token_ids])
-        _, k, v = self.encode_at(ids, torch.arange(ids.numel()))
-        skip = ids.numel() - token_ids.numel()
-        return k[:, skip:].contiguous(), v[:, skip:].contiguous()
+        _, encoded = self.encode_at(ids, torch.arange(ids.numel()))
+        return encoded.tokens(ids.numel() - token_ids.numel(), ids.numel())
 
     def device_of(self, layer: int) -> Device:
         """Where a layer's K and V are."""
         return self.device
 
-    def encode_at(self, token_ids: Tensor, positions: Tensor) -> tuple[KvBuffer, Tensor, Tensor]:
+    def encode_at(self, token_ids: Tensor, positions: Tensor) -> tuple[KvBuffer, EncodedKv]:
         """Prefill `[N]` tokens at ascending positions, seeing only each other.
 
-        Returns the buffer with rotated K, and K before RoPE and V, `[L, N, HK, D]` each, on the
-        host. Rows are not counted: this is preparation, not a request.
+        Returns the buffer with rotated K, and K before RoPE and V. Rows are not counted: this is
+        preparation, not a request.
         """
         n_layers, n_slots = self.spec.n_layers, int(positions[-1]) + 1
         places = None if self.device is CPU else [(n_layers, self.device)]
@@ -159,7 +159,7 @@ class Transformer:
         rows = Rows.of(buffer, 0, positions, self.device)
         hidden = self.embed(self.device.upload(token_ids))
         _, k, v = self.encode_layers(hidden, rows, 0, n_layers)
-        return buffer, self.device.to_host(k, "ingest"), self.device.to_host(v, "ingest")
+        return buffer, EncodedKv((EncodedPart(self.device, k, v),))
 
     def encode_layers(
         self, hidden: Tensor, rows: Rows, start: int, stop: int

@@ -16,7 +16,7 @@ from ..core.hardware import HardwareProfile, Tier
 from ..core.ops import COMPUTE, RESTORE, Op
 
 IO = "io"
-MEDIA = ("dram", "file", "remote")
+MEDIA = ("device", "dram", "file", "remote")
 
 LOSES_TO: dict[str, tuple[str, ...]] = {
     COMPUTE: (*MEDIA, "restore"),

@@ -116,8 +116,11 @@ class ModelCost:
         Exact sum of `decode_s`, one term per line that the contexts cross.
         """
         seconds, total, left = 0.0, context_tokens_total, n_steps
+        lines = self.decode_lines(batch)
+        at = bisect_right(lines, total, 0, len(lines) - 1, key=_END)
         while left:
-            line = self.decode_line(batch, total)
+            line = lines[at]
+            at += 1
             inside = left
             if line.until_tokens != float("inf"):
                 inside = min(left, max(1, -int(-(line.until_tokens - total) // batch)))

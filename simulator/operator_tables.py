@@ -166,7 +166,7 @@ def _line(x: Floats, y: Floats, beyond: bool) -> Floats:
     if known.sum() < 2:
         return y
     xs, ys = x[known], y[known]
-    out = np.interp(x, xs, ys, left=np.nan, right=np.nan)
+    out: Floats = np.interp(x, xs, ys, left=np.nan, right=np.nan)
     if beyond:
         up = x > xs[-1]
         out[up] = ys[-1] + (x[up] - xs[-1]) * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import zlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +120,6 @@ def _text(array: NDArray[np.generic]) -> str:
     return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode()
 
 
-def _array(text: str, dtype: str, width: int) -> NDArray[np.generic]:
+def _array(text: str, dtype: str, width: int) -> NDArray[Any]:
     data = zlib.decompress(base64.b64decode(text, validate=True))
     return np.frombuffer(data, dtype=dtype).reshape(-1, width)

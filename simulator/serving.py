@@ -15,6 +15,7 @@ import gc
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from heapq import heappop, heappush
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -286,16 +287,14 @@ class _Run:
         self.loads.moved(flow, self.now_ns)
         if self.lives.spans:
             self.lives.loaded(flow, self.fleet.replica.tiers[flow.tier].name)
+        flying = flow.owner.replica.flying
+        if flying and flying[0].is_late:
+            self._hold(flying[0])
 
     def _done(self, step: Step) -> None:
         replica = step.replica
-        late_ns = 0
-        for job, _ in step.pieces:
-            late_ns = max(late_ns, job.load_end_ns + job.tail_ns)
-        if late_ns > self.now_ns:  # a load was slowed down after its piece began
-            replica.delay(late_ns)
-            for flying in replica.flying:
-                self._schedule(flying)
+        step.is_late = self._hold(step)  # a load was slowed down after its piece began
+        if step.is_late:
             return
         if self.lives.spans:
             self.lives.stepped(step, self.now_ns)
@@ -303,6 +302,17 @@ class _Run:
         if changed is not None:
             self._schedule(changed)
         self.dirty[replica] = None
+
+    def _hold(self, step: Step) -> bool:
+        """Whether a step's loads end after all of it was computed; then it ends behind them."""
+        end_ns = self.now_ns
+        for job, _ in step.pieces:
+            end_ns = max(end_ns, job.load_end_ns + job.tail_ns)
+        if end_ns != step.end_ns:
+            step.replica.delay(end_ns)
+            for flying in step.replica.flying:
+                self._schedule(flying)
+        return end_ns > self.now_ns
 
     # -- what replicas tell -----------------------------------------------------------------------
 
@@ -327,6 +337,9 @@ class _Run:
         if is_first:
             columns.recomputed_tokens[row] = n_again
             columns.computed_tokens[row] = job.rows_left - n_again
+            tokens_of = self.feed.tokens_of
+            unloaded = sum([tokens_of[key] for keys in job.unloaded.values() for key in keys])
+            columns.unloaded_tokens[row] = unloaded
         else:
             columns.repeated_tokens[row] += job.rows_left
 
@@ -335,7 +348,9 @@ class _Run:
         if self.columns.first_ns[job.row] < 0:
             self.columns.first_ns[job.row] = now_ns
         if job.new_keys and self.fleet.policy.write_back:
-            self.stores.tiers[replica.index].add_new(job.new_keys, now_ns)
+            self.stores.tiers[replica.index].add_new(
+                job.new_keys, now_ns, {*chain(*job.unloaded.values())}
+            )
             job.new_keys = []
 
     def preempted(self, replica: Replica, job: Job) -> None:

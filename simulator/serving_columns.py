@@ -36,6 +36,7 @@ class Columns:
         self.gpu_tokens = _ints(n)
         self.recomputed_tokens = _ints(n)
         self.computed_tokens = _ints(n)
+        self.unloaded_tokens = _ints(n)
         self.repeated_tokens = _ints(n)
         self.loaded_tokens = [_ints(n) for _ in range(n_tiers)]
         self.loaded_bytes = [_ints(n) for _ in range(n_tiers)]
@@ -82,6 +83,7 @@ class Columns:
             gpu_tokens=np.array(self.gpu_tokens),
             recomputed_tokens=np.array(self.recomputed_tokens),
             computed_tokens=np.array(self.computed_tokens),
+            unloaded_tokens=np.array(self.unloaded_tokens),
             repeated_tokens=np.array(self.repeated_tokens),
             loaded_tokens=_side_by_side(self.loaded_tokens, n),
             loaded_bytes=_side_by_side(self.loaded_bytes, n),

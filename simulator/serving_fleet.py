@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ..core.plan import RatioRule
 from ..core.record import Record
 from ..core.workload import Slo
 
@@ -70,8 +71,9 @@ class ReplicaSpec(Record):
     host_link_bytes_per_s: float | None = Field(default=None, gt=0)
     """Everything loaded passes it, whatever the tier; None: never the bottleneck."""
     loads_in_order: bool = False
-    """Whether loads of a replica from one tier wait for each other, as on an in-order I/O stream;
-    else all that were begun share its rate evenly."""
+    """Whether loads of a replica from one tier wait for each other, and its steps for loads, as on
+    in-order streams; else loads share the tier's rate evenly and steps begin when they need not
+    wait."""
 
     @model_validator(mode="after")
     def _check(self) -> ReplicaSpec:
@@ -96,6 +98,9 @@ class ReusePolicy(Record):
     """By tier; "*" holds for the others."""
     load_exact: bool = True
     """Whether chunks that are exact already are loaded whole rather than computed."""
+    rho: dict[str, float] = Field(default_factory=dict)
+    """By tier: `RatioRule.rho`, of one replica that loads alone. Tiers without an entry are always
+    loaded from."""
     epic_tokens: int = Field(default=16, ge=0)
     check_layer: int = Field(default=1, ge=0)
     """`cacheblend` computes the layers below it in full, to select by deviation."""
@@ -110,11 +115,26 @@ class ReusePolicy(Record):
     def _check(self) -> ReusePolicy:
         if any(not 0.0 <= r <= 1.0 for r in self.recompute_ratio.values()):
             raise ValueError(f"each ratio must lie in [0, 1], got {self.recompute_ratio}")
+        if any(rho <= 0 for rho in self.rho.values()):
+            raise ValueError(f"each rho must be above 0, got {self.rho}")
         return self
 
     def ratio(self, tier: str) -> float:
         """Share of a chunk in `tier` that is recomputed unless it is exact."""
         return self.recompute_ratio.get(tier, self.recompute_ratio.get("*", 0.0))
+
+    def rules(self) -> tuple[RatioRule, ...]:
+        """The same choices as a plan has them, for `core/policies.py`."""
+        tiers = dict.fromkeys([*self.recompute_ratio, *self.rho])
+        return tuple(
+            RatioRule(
+                tier=tier,
+                ratios=(self.ratio(tier),),
+                load_exact=self.load_exact,
+                rho=self.rho.get(tier),
+            )
+            for tier in [*(t for t in tiers if t != "*"), "*"]
+        )
 
 
 class Fleet(Record):

@@ -25,11 +25,11 @@ class Job:
 
     __slots__ = (
         "arrival_ns", "content_keys", "emitted", "end_step", "ends", "extra_s", "first_bytes_ns",
-        "flows", "held", "is_loading", "join_context", "join_step", "key_missing", "keys",
-        "load_end_ns", "load_id", "n_kept", "n_nameable", "n_output", "n_private", "n_prompt",
-        "n_tokens", "need_least", "new_keys", "order", "parts", "phase", "position",
+        "floor_ns", "flows", "held", "is_loading", "join_context", "join_step", "key_missing",
+        "keys", "load_end_ns", "load_id", "n_kept", "n_nameable", "n_output", "n_private",
+        "n_prompt", "n_tokens", "need_least", "new_keys", "order", "parts", "phase", "position",
         "private_key", "rank", "ready_ns", "replica", "row", "rows_left", "runs", "shape",
-        "slack_ns", "tail_ns",
+        "slack_ns", "tail_ns", "unloaded",
     )  # fmt: skip
 
     def __init__(self, row: int, arrival_ns: int, n_prompt: int, n_output: int, rank: int) -> None:
@@ -62,7 +62,9 @@ class Job:
         self.n_nameable = 0
         """Chunks whose KV is exact, hence may be shared once it is there."""
         self.new_keys: list[int] = []
-        """Chunks that no tier has."""
+        """Chunks that are loaded from no tier."""
+        self.unloaded: dict[int, list[int]] = {}
+        """Those of them that a tier holds, by tier: loading would take longer than computing."""
         self.position = 0
         """Tokens before the next row, while its rows are one dense run."""
         self.rows_left = n_prompt
@@ -77,6 +79,8 @@ class Job:
         """Counts loads begun: an event of an older one is void."""
         self.flows: list[Flow] = []
         self.load_end_ns = 0
+        self.floor_ns = 0
+        """With loads in order: `load_end_ns` is not before it."""
         self.slack_ns = 0
         """How long before the end of its loads its first piece may begin."""
         self.tail_ns = 0

@@ -49,10 +49,12 @@ OnChange = Callable[[Flow], None]
 class Link:
     """A rate that flows share."""
 
-    __slots__ = ("flows",)
+    __slots__ = ("flows", "n_bytes")
 
     def __init__(self) -> None:
         self.flows: dict[Flow, None] = {}
+        self.n_bytes = 0
+        """Of loads that were begun and have not ended."""
 
 
 def join(flow: Flow, now_ns: int, changed: OnChange) -> None:

@@ -3,7 +3,8 @@
 Layers are pipelined: compute of layer l needs the bytes of layer l. With equal layers the first
 piece, of compute C over n layers, begun behind the first layer's bytes, ends no earlier than
 max(first bytes + C, end of the loads + C / n). So it may begin C (1 - 1 / n) before its loads end
-and nothing waits for it: until then the engine computes for others.
+and nothing waits for it: until then the engine computes for others. With loads in order it begins
+behind the first bytes and holds the engine until the last, as a kernel in a stream that waits.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Loads:
         job.tail_ns = alone_ns // policy.n_layers
         job.slack_ns = alone_ns - job.tail_ns
         job.first_bytes_ns = job.ready_ns = -1
+        job.floor_ns = 0
         for flow in job.flows:
             if self._in_order:
                 queue = self._queues.setdefault((job.replica.index, flow.tier), deque())
@@ -73,6 +75,7 @@ class Loads:
     def moved(self, flow: Flow, now_ns: int) -> None:
         """All of a flow is there."""
         self._now_ns = now_ns
+        flow.links[0].n_bytes -= flow.n_bytes
         leave(flow, now_ns, self._changed)
         if self._in_order:
             queue = self._queues[flow.owner.replica.index, flow.tier]
@@ -94,6 +97,7 @@ class Loads:
         spec = state.spec
         n_bytes = n * self._policy.kv_bytes_per_token
         state.read_bytes += n_bytes
+        state.link.n_bytes += n_bytes
         seconds = n_bytes / spec.read_bytes_per_s
         if spec.iops is not None:
             seconds = max(seconds, n_chunks * self._policy.n_layers / spec.iops)
@@ -110,11 +114,23 @@ class Loads:
         job = flow.owner
         if flow.owner_load == job.load_id and job.flows:
             job.load_end_ns = max([f.end_ns + f.latency_ns for f in job.flows])
+            if self._in_order:
+                self._keep_floor(job)
             if job.first_bytes_ns >= 0:
                 self._set_ready(job)
 
+    def _keep_floor(self, job: Job) -> None:
+        """Layers that come after a rate has changed are computed after it, however fast they come:
+        the loads end no earlier, as it were, than what is left of the compute from there."""
+        left = max([f.left - f.rate * (self._now_ns - f.since_ns) for f in job.flows])
+        if left < 1:
+            end_ns = self._now_ns + round(left * (job.slack_ns + job.tail_ns))
+            job.floor_ns = max(job.floor_ns, end_ns)
+        job.load_end_ns = max(job.load_end_ns, job.floor_ns)
+
     def _set_ready(self, job: Job) -> None:
-        ready_ns = max(job.first_bytes_ns, job.load_end_ns - job.slack_ns, self._now_ns)
+        slack_ns = job.load_end_ns if self._in_order else job.slack_ns
+        ready_ns = max(job.first_bytes_ns, job.load_end_ns - slack_ns, self._now_ns)
         if job.is_loading and ready_ns != job.ready_ns:
             job.ready_ns = ready_ns
             self._push(ready_ns, READY, job, job.load_id)

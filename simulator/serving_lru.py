@@ -20,7 +20,7 @@ class Lru:
     entry and taken whole, at a third of the cost of an `OrderedDict`.
     """
 
-    __slots__ = ("_at", "_gain", "_log", "_n", "_tick", "held")
+    __slots__ = ("_at", "_gain", "_log", "_n", "_tick", "_worn", "held")
 
     def __init__(self) -> None:
         self._log: deque[tuple[int, Sequence[int]]] = deque()
@@ -32,6 +32,8 @@ class Lru:
         self._tick = 0
         self._gain = 1.0
         """What a victim freed on average when room was made last."""
+        self._worn: set[int] = set()
+        """Uses in the log that are not the last of all their chunks."""
         self.held: dict[int, int] = {}
         """Which use was the last of a chunk."""
 
@@ -42,13 +44,16 @@ class Lru:
         """Chunks that are not there have come."""
         if not keys:
             return
-        self._tick += 1
+        self._tick = tick = self._tick + 1
         self._n += len(keys)
-        self._log.append((self._tick, keys))
-        self.held.update(dict.fromkeys(keys, self._tick))
+        self._log.append((tick, keys))
+        held = self.held
+        for key in keys:
+            held[key] = tick
         if self._n > 64 + 4 * len(self.held):
             live = self.coldest_first()
             self._log.clear()
+            self._worn.clear()
             self._at = self._n = 0
             self.add(live)
 
@@ -56,11 +61,12 @@ class Lru:
         """Chunks were used."""
         if len(set(keys)) < len(keys):  # the last time counts
             keys = [*dict.fromkeys(keys[::-1])][::-1]
+        self._worn.update(map(self.held.__getitem__, keys))
         self.add(keys)
 
     def remove(self, key: int) -> None:
         """A chunk has left of itself."""
-        del self.held[key]
+        self._worn.add(self.held.pop(key))
 
     def pop(self, excess: int, sizes: Sizes) -> tuple[list[int], int]:
         """Evict; see `Order`."""
@@ -70,15 +76,15 @@ class Lru:
 
     def pop_some(self, excess: int, sizes: Sizes) -> tuple[list[int], int]:
         """`pop`, or all there is if that is not enough."""
-        log, held = self._log, self.held
+        log, held, worn = self._log, self.held, self._worn
         victims: list[int] = []
         freed = 0
         while freed < excess and log:
             use, entry = log[0]
             stop = self._at + 1 + int((excess - freed) / self._gain)
             keys = entry[self._at : stop]
-            last = [*map(held.get, keys)]
-            if last.count(use) < len(last):
+            if use in worn:
+                last = [*map(held.get, keys)]
                 keys = [key for key, mine in zip(keys, last, strict=True) if mine == use]
             got = [*map(sizes.__getitem__, keys)]
             gain = sum(got)
@@ -92,6 +98,7 @@ class Lru:
                 self._n -= len(entry)
                 self._at = 0
                 log.popleft()
+                worn.discard(use)
             deque(map(held.__delitem__, keys), 0)
             freed += gain
             victims += keys

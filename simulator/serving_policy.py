@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..core.policies import n_recomputed
+from ..core.policies import Backlog, n_recomputed, room
 from .serving_fleet import ReusePolicy, TierSpec
 from .serving_jobs import Job, Run
+from .serving_tiers import ChunkTiers
 
 
 class Fates:
     """A policy over the tiers of a fleet, compiled."""
 
-    __slots__ = ("_counts", "_ratios", "chained", "loads_exact", "policy", "tokens_of")
+    __slots__ = ("_counts", "_ratios", "_rhos", "chained", "loads_exact", "policy", "tokens_of")
 
     def __init__(
         self,
@@ -31,15 +32,18 @@ class Fates:
         self.tokens_of = tokens_of
         self.loads_exact = policy.load_exact
         self._ratios = [policy.ratio(t.name) for t in tiers]
+        self._rhos = [policy.rho.get(t.name, 0.0) for t in tiers]
         self._counts: dict[tuple[int, int], int] = {}
 
     def decide(
-        self, job: Job, n_hit: int, keys: Sequence[int], found: Sequence[int]
+        self, job: Job, n_hit: int, keys: Sequence[int], found: list[int], rooms: dict[int, float]
     ) -> dict[int, list[int]]:
         """Set the rows that `job` computes behind its first `n_hit` chunks (in GPU memory).
 
         Args:
-            keys, found: of the other chunks; the tier each lies in, -1 for none.
+            keys, found: of the other chunks; the tier each lies in, -1 for none. What is not
+                loaded, as that would take longer, is taken out of `found`.
+            rooms: by tier: tokens that may be loaded from it; as `rooms_of` has it.
 
         Returns:
             By tier: [chunks loaded, tokens loaded, tokens of those chunks that are recomputed].
@@ -58,6 +62,14 @@ class Fates:
             else:
                 is_exact = chained or not ordinal
                 again = exact_again * n if is_exact else self._n_again(tier, n)
+                if again < n and tier in rooms:
+                    if n - again <= rooms[tier]:
+                        rooms[tier] -= n - again
+                    else:
+                        again = n
+                        found[ordinal - n_hit] = -1
+                        job.unloaded.setdefault(tier, []).append(key)
+                        new.append(key)
                 if again >= n:
                     dense += n
                 else:
@@ -91,6 +103,33 @@ class Fates:
             job.rows_left = sum([run[0] for run in runs])
         return loads
 
+    def rooms_of(
+        self, job: Job, n_hit: int, keys: Sequence[int], found: Sequence[int], tiers: ChunkTiers
+    ) -> dict[int, float]:
+        """Tokens that may be loaded from each tier that has something, where that is limited."""
+        slow = {at for at in {*found} if at >= 0 and self._rhos[at] > 1}
+        if not slow:
+            return {}
+        n_rows = job.rows_left
+        for ordinal, (key, at) in enumerate(zip(keys, found, strict=True), n_hit):
+            if at >= 0 and at not in slow:
+                n_rows -= self.tokens_of[key] - self._n_computed(ordinal, key, at)
+        replica, per_token = job.replica, self.policy.kv_bytes_per_token
+        n_ahead = replica.outstanding - replica.queued
+        backlog = Backlog(n_ahead, replica.n_waiting - 1, replica.queued)  # itself still waits
+        rooms = {}
+        for at in slow:
+            n_loading = tiers.tiers[at].link.n_bytes // per_token
+            rooms[at] = room(self._rhos[at], n_rows, replica.budget, n_loading, backlog)
+        return rooms
+
+    def _n_computed(self, ordinal: int, key: int, tier: int) -> int:
+        """Tokens of a chunk in `tier` that are computed all the same."""
+        n = self.tokens_of[key]
+        if self.chained or not ordinal:
+            return 0 if self.loads_exact else n
+        return self._n_again(tier, n)
+
     def _n_again(self, tier: int, n: int) -> int:
         """Tokens of a found chunk that are computed again, where it is not exact."""
         key = tier, n
@@ -101,6 +140,8 @@ class Fates:
 
     def _count(self, tier: int, n: int) -> int:
         name = self.policy.name
+        if self._ratios[tier] >= 1:
+            return n
         if name == "epic":
             return min(self.policy.epic_tokens, n)
         if name == "cachetune":

@@ -51,7 +51,7 @@ class Replica:
     __slots__ = (
         "blocks", "budget", "busy_ns", "caching", "cost", "decodes", "depth", "flying", "host",
         "index", "limits", "n_admitted", "n_steps", "n_waiting", "outstanding", "prefilling",
-        "running", "size", "waiting",
+        "queued", "running", "size", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +81,8 @@ class Replica:
         self.busy_ns = 0
         self.outstanding = 0
         """Prompt tokens that came and are not computed yet: what routers look at."""
+        self.queued = 0
+        """Of them, those of requests that have no place yet."""
 
     def enqueue(self, job: Job) -> bool:
         """A request has come; whether it may be admitted before another ends."""
@@ -89,6 +91,7 @@ class Replica:
         self.n_waiting += 1
         job.rows_left = job.n_tokens
         self.outstanding += job.n_tokens
+        self.queued += job.n_tokens
         return len(queue) == 1 and not any(self.waiting[: job.rank])
 
     @property
@@ -285,6 +288,7 @@ class Replica:
         self.outstanding -= job.rows_left
         job.n_tokens = job.rows_left = job.n_prompt + job.emitted
         self.outstanding += job.rows_left
+        self.queued += job.rows_left
         self.blocks.pause(job, context)
         self.waiting[job.rank].appendleft(job)
         self.n_waiting += 1
@@ -314,6 +318,7 @@ class Replica:
         if n_hit is None:
             return False
         self.outstanding -= job.rows_left
+        self.queued -= job.rows_left
         job.rows_left = job.n_tokens - job.position
         job.runs = None
         job.n_nameable = len(job.keys)

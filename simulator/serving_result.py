@@ -38,8 +38,9 @@ class ServingResult:
         gpu_tokens: prompt tokens whose KV was still in GPU memory.
         loaded_tokens, loaded_bytes: by tier, [n, tiers].
         recomputed_tokens: of found chunks, computed again by the policy.
-        computed_tokens: of the prompt, found nowhere. The four fates add up to the prompt; what a
-            preempted request computes again is in `repeated_tokens`.
+        computed_tokens: of the prompt, loaded from nowhere. The four fates add up to the prompt;
+            what a preempted request computes again is in `repeated_tokens`.
+        unloaded_tokens: of those, what a tier held from which loading takes longer.
         written_bytes, dropped_bytes: by tier, of the run.
         busy_ns: per replica, time in which a step ran.
         spans: of watched rows.
@@ -57,6 +58,7 @@ class ServingResult:
     gpu_tokens: Ints
     recomputed_tokens: Ints
     computed_tokens: Ints
+    unloaded_tokens: Ints
     repeated_tokens: Ints
     loaded_tokens: Ints
     loaded_bytes: Ints
@@ -165,6 +167,7 @@ class ServingResult:
             "dropped_bytes": self._by_tier(self.dropped_bytes),
             "recomputed_tokens": int(self.recomputed_tokens.sum()),
             "computed_tokens": int(self.computed_tokens.sum()),
+            "unloaded_tokens": int(self.unloaded_tokens.sum()),
             "repeated_tokens": int(self.repeated_tokens.sum()),
             "littles_law_n_mean": law[0],
             "littles_law_rate_x_time": law[1],
@@ -182,8 +185,8 @@ class ServingResult:
         }
         for name in (
             "arrival_ns", "admitted_ns", "first_token_ns", "end_ns", "replica", "n_preemptions",
-            "gpu_tokens", "recomputed_tokens", "computed_tokens", "repeated_tokens",
-            "ttft_ms", "tpot_ms", "e2e_ms", "queue_ms",
+            "gpu_tokens", "recomputed_tokens", "computed_tokens", "unloaded_tokens",
+            "repeated_tokens", "ttft_ms", "tpot_ms", "e2e_ms", "queue_ms",
         ):  # fmt: skip
             columns[name] = getattr(self, name)
         for i, tier in enumerate(self.tier_names):

@@ -72,8 +72,8 @@ class Step:
     It is committed once nothing can change it any more: then the engine's state is that behind it.
     """
 
-    __slots__ = ("commit_ns", "end_ns", "ending", "firsts", "is_committed", "pieces", "replica",
-                 "start_ns", "stretch", "version")  # fmt: skip
+    __slots__ = ("commit_ns", "end_ns", "ending", "firsts", "is_committed", "is_late", "pieces",
+                 "replica", "start_ns", "stretch", "version")  # fmt: skip
 
     def __init__(self, replica: Replica, start_ns: int) -> None:
         self.replica = replica
@@ -87,5 +87,7 @@ class Step:
         self.ending: list[Job] = []
         """Who makes the last token in it."""
         self.is_committed = False
+        self.is_late = False
+        """Whether it waits for loads of its pieces."""
         self.version = 0
         """Counts changes of its times: an event that was set for older ones is void."""

@@ -25,7 +25,10 @@ class Stores:
         specs = fleet.replica.tiers
         self._feed = feed
         self._specs = specs
-        self._fates = Fates(fleet.policy, specs, feed.table.chained, feed.tokens_of)
+        policy = fleet.policy
+        if fleet.replica.limits.steps == "pieces":  # the cost's plan decides how much is loaded
+            policy = policy.replace(rho={})
+        self._fates = Fates(policy, specs, feed.table.chained, feed.tokens_of)
         self._reuses = bool(specs) and fleet.policy.name != "full_recompute"
         self._by_prefix = fleet.policy.name == "prefix_cache"
         self._worth = Worth(feed, cost)
@@ -48,6 +51,7 @@ class Stores:
             The tier of each chunk, -1 for those in GPU memory or nowhere; loads as `Fates.decide`.
         """
         nowhere = [-1] * len(job.content_keys)
+        job.unloaded = {}
         if not self._reuses or n_hit >= len(nowhere):
             return nowhere, {}
         self._worth.row = job.row
@@ -62,7 +66,10 @@ class Stores:
         if max(found) < 0:
             job.new_keys = keys
         else:
-            loads = self._fates.decide(job, n_hit, keys, found)
+            rooms = self._fates.rooms_of(job, n_hit, keys, found, tiers)
+            loads = self._fates.decide(job, n_hit, keys, found, rooms)
+            for at, there in job.unloaded.items():
+                tiers.tiers[at].order.touch(there)
             if loads:
                 tiers.use(keys, found, now_ns)
         return nowhere[:n_hit] + found, loads

@@ -10,7 +10,7 @@ done.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import combinations
 
 from ..core.errors import InvariantViolation
@@ -52,6 +52,12 @@ class TierState:
         self.written_bytes += n_bytes
         self.writes.append((self.write_free_ns, keys, n_bytes))
 
+    def take(self, keys: Iterable[int], bytes_of: Sequence[int]) -> None:
+        """Chunks leave for another tier."""
+        for key in keys:
+            self.order.remove(key)
+            self.used -= bytes_of[key]
+
     def check(self, bytes_of: Sequence[int]) -> None:
         """Used bytes are those of the chunks that are there, and fit (INV-4).
 
@@ -81,7 +87,8 @@ class ChunkTiers:
         self.bytes_of = bytes_of
         self.largest_bytes = largest_bytes
         held = [tier.order.held.keys() for tier in self.tiers]
-        self._rivals = [held[: len(own)]] * len(own) + [[keys] for keys in held[len(own) :]]
+        lower = range(1, len(own))
+        self._rivals = [held[: len(own)] if i in lower else [held[i]] for i in range(len(held))]
         """By tier: what may hold a chunk already that is written to it."""
 
     def settle(self, now_ns: int) -> None:
@@ -113,36 +120,39 @@ class ChunkTiers:
                 used = [k for k, at in zip(keys, found, strict=True) if at == i]
                 self.tiers[i].order.touch(used)
         if n_own:
-            rising = {k: at for k, at in zip(keys, found, strict=True) if at > 0}
+            rising = [*dict.fromkeys([k for k, at in zip(keys, found, strict=True) if at > 0])]
             if rising:
-                self._rise(rising, now_ns)
+                n_bytes = sum(map(self.bytes_of.__getitem__, rising))
+                self._insert(0, rising, n_bytes, now_ns)
 
-    def add_new(self, keys: list[int], now_ns: int) -> None:
-        """Chunks were computed: each is written to the first own tier and to every shared one."""
+    def add_new(self, keys: list[int], now_ns: int, unloaded: Collection[int] = ()) -> None:
+        """Chunks were computed: each is written to the first own tier and to every shared one.
+
+        Args:
+            unloaded: of them, those that a tier held: they are not written where they lie.
+        """
         keys = [*dict.fromkeys(keys)]
         n_bytes = sum(map(self.bytes_of.__getitem__, keys))
         for i, tier in enumerate(self.tiers):
             if i == 0 or i >= len(self.own):
-                tier.write(keys, n_bytes, now_ns)
+                there = tier.order.held.keys() & unloaded
+                if not there:
+                    tier.write(keys, n_bytes, now_ns)
+                elif missing := [key for key in keys if key not in there]:
+                    tier.write(missing, sum(map(self.bytes_of.__getitem__, missing)), now_ns)
 
     def fill(self, tier: int, keys: Sequence[int]) -> None:
         """Contents from before the run, coldest first; what does not fit leaves."""
         keys = [*dict.fromkeys(keys)]
         self._insert(tier, keys, sum(map(self.bytes_of.__getitem__, keys)), 0, demote=False)
 
-    def _rise(self, tier_of: dict[int, int], now_ns: int) -> None:
-        for key, at in tier_of.items():
-            if at < len(self.own):
-                tier = self.own[at]
-                tier.order.remove(key)
-                tier.used -= self.bytes_of[key]
-        n_bytes = sum(map(self.bytes_of.__getitem__, tier_of))
-        self._insert(0, list(tier_of), n_bytes, now_ns)
-
     def _insert(
         self, at: int, keys: Sequence[int], n_bytes: int, now_ns: int, demote: bool = True
     ) -> None:
-        """Chunks (none twice) are there now; the coldest make room, and are written one down."""
+        """Chunks (none twice) are there now; the coldest make room, and are written one down.
+
+        What comes to the first own tier leaves those below it.
+        """
         tier = self.tiers[at]
         order, capacity, bytes_of = tier.order, tier.capacity, self.bytes_of
         is_new = capacity >= self.largest_bytes
@@ -152,6 +162,9 @@ class ChunkTiers:
             known = {key for held in self._rivals[at] for key in held & keys}
             keys = [k for k in keys if bytes_of[k] <= capacity and k not in known]
             n_bytes = sum(map(bytes_of.__getitem__, keys))
+        if not at:
+            for lower in self.own[1:]:
+                lower.take(lower.order.held.keys() & keys, bytes_of)
         order.add(keys)
         tier.used += n_bytes
         if tier.used > capacity:

@@ -165,8 +165,10 @@ def _flat(x: Any) -> list[Tensor]:
     return [t for part in x for t in _flat(part)] if isinstance(x, tuple | list) else []
 
 
-def there(x: Tensor) -> Tensor:
-    return x.as_subclass(OnDevice)
+def there(x: Any) -> Any:
+    if isinstance(x, Packed):
+        return replace(x, codes=there(x.codes), scale=there(x.scale), zero=there(x.zero))
+    return x.as_subclass(OnDevice) if isinstance(x, Tensor) else x
 
 
 def plain(x: Any) -> Any:
@@ -187,6 +189,7 @@ class FakeCuda(Device):
         self.graphs: list[FakeGraph] = []
         self.n_kernels: Counter[str] = Counter()
         self.uploaded_bytes = 0
+        self.downloaded_bytes = 0
 
     @property
     def name(self) -> str:
@@ -215,6 +218,7 @@ class FakeCuda(Device):
     def to_host(self, here: Tensor, why: str) -> Tensor:
         with self.waiting(why):
             found: Tensor = plain(here).clone()
+        self.downloaded_bytes += found.nbytes
         return found
 
     def move(self, other: Tensor) -> Tensor:
@@ -234,6 +238,9 @@ class FakeCuda(Device):
 
     def restore(self, *args: Any) -> None:
         self._kernel("restore", *args)
+
+    def pack(self, *args: Any) -> Packed:
+        return self._kernel("pack", *args)
 
     def deviation(self, *args: Any) -> Tensor:
         return self._kernel("deviation", *args)
@@ -266,4 +273,4 @@ class FakeCuda(Device):
                 f"{name} of host tensors"
             )
         out = getattr(super(), name)(*map(plain, args))
-        return there(out) if isinstance(out, Tensor) else out
+        return there(out)

@@ -44,6 +44,8 @@ OVERHEAD_S = 0.8e-3
 """Host time per step: vLLM 0.19 on the RTX PRO 6000 run of LLMServingSim; fit your own engine's."""
 HOP_S = 10e-6
 """Of a message from a pipeline stage to the next in one machine. Assumed: a small NCCL transfer."""
+CHUNK_TOKENS = 512
+"""Of a stored chunk, where a tier's reads per second bound a load: the Mooncake trace's blocks."""
 RESTORE_TOKENS = 4096
 """Tokens over which the cost of restoring is taken."""
 
@@ -68,8 +70,8 @@ class Candidate(Record):
     stored: StoredFormat = "bf16"
     recompute_ratio: float = Field(default=0.15, ge=0, le=1)
     break_even: bool = True
-    """Whether a policy with a ratio computes what lies in a tier from which loading a token takes
-    longer than computing it, as a tuned plan would."""
+    """Whether a prompt loads from a tier that is slower than computing only what is worth it, as a
+    tuned plan has it (`RatioRule.rho`); else whatever a tier holds."""
     epic_tokens: int = Field(default=16, ge=0)
     engine: EngineMemory = EngineMemory()
     eviction: TierEviction = "lru"
@@ -205,7 +207,8 @@ class Candidate(Record):
             name=self.policy,
             kv_bytes_per_token=self.kv_bytes_per_token(model),
             n_layers=model.n_layers,
-            recompute_ratio=self._ratios(model, replica.tiers),
+            recompute_ratio={"*": self.recompute_ratio},
+            rho=self._rhos(model, replica) if self.break_even else {},
             epic_tokens=self.epic_tokens,
             restore_s_per_token=self._restore_s_per_token(model),
         )
@@ -217,16 +220,16 @@ class Candidate(Record):
             slo={"*": slo},
         )
 
-    def _ratios(self, model: ModelSpec, tiers: tuple[TierSpec, ...]) -> dict[str, float]:
-        """The ratio, and 1 for tiers beyond break-even."""
+    def _rhos(self, model: ModelSpec, replica: ReplicaSpec) -> dict[str, float]:
+        """Of every tier: a token's load over its share of a full prefill piece, both alone."""
         n = self.engine.max_num_batched_tokens
         token_s = self.cost(model).step_s([(n, 0)], 0, 0) / n
-        found = {"*": self.recompute_ratio}
-        for tier in tiers:
-            load_s = self.kv_bytes_per_token(model) / tier.read_bytes_per_s
-            if self.break_even and load_s > token_s:
-                found[tier.name] = 1.0
-        return found
+        per_token, link = self.kv_bytes_per_token(model), replica.host_link_bytes_per_s
+        chunk = CHUNK_TOKENS * (1 - self.recompute_ratio) or CHUNK_TOKENS
+        return {
+            tier.name: load_s_per_token(tier, link, per_token, model.n_layers, chunk) / token_s
+            for tier in replica.tiers
+        }
 
     def _restore_s_per_token(self, model: ModelSpec) -> float:
         """Read the stored form, write bfloat16, at the rate of elementwise kernels."""
@@ -235,6 +238,22 @@ class Candidate(Record):
         per_gpu = moved * RESTORE_TOKENS / cost.tp
         layers = self.stage(model).n_layers  # stages restore their own, at the same time
         return layers * cost.kernels.elementwise_s(per_gpu) / RESTORE_TOKENS
+
+
+def load_s_per_token(
+    tier: TierSpec,
+    host_link_bytes_per_s: float | None,
+    bytes_per_token: int,
+    n_layers: int,
+    n_tokens: float,
+) -> float:
+    """Seconds to load a token from `tier`, one of `n_tokens` that are loaded by themselves."""
+    seconds = bytes_per_token / tier.read_bytes_per_s
+    if host_link_bytes_per_s is not None:
+        seconds = max(seconds, bytes_per_token / host_link_bytes_per_s)
+    if tier.iops is not None:
+        seconds = max(seconds, n_layers / (tier.iops * n_tokens))
+    return seconds + tier.latency_s / n_tokens
 
 
 def tiers_of(machine: MachineSpec, eviction: TierEviction = "lru") -> tuple[TierSpec, ...]:

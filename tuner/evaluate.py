@@ -117,6 +117,7 @@ def _metrics(result: ServingResult, judged: NDArray[np.bool_]) -> dict[str, Any]
         "output_tokens_per_s": output / span_s,
         "gpu_hit_share": float(result.gpu_tokens[judged].sum()) / prompt,
         "loaded_share": {n: float(v) for n, v in zip(result.tier_names, loaded, strict=True)},
+        "unloaded_share": float(result.unloaded_tokens[judged].sum()) / prompt,
         "recomputed_share": float(result.recomputed_tokens[judged].sum()) / prompt,
         "utilisation": float(result.busy_ns.mean()) / NS_PER_S / max(result.duration_s, 1e-9),
         "n_preemptions": int(result.n_preemptions.sum()),

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..core.catalogue import GpuRow, load_catalogue
 from ..core.errors import CacheTuneError, ProfileError
+from ..simulator.serving_fleet import ReusePolicy
 from .candidate import Candidate, kernels_of
 from .capacity import Capacity, find_capacity, keeps
 from .fleet_size import fleet_row, per_mtok, tokens_per_s
@@ -24,7 +25,7 @@ from .kernel_bounds import band_row
 from .question import LIMITS, Question, runner
 from .trial import Trial
 
-ROW_VERSION = 4
+ROW_VERSION = 5
 """Of what a row holds: a journal with rows of another is not taken."""
 
 
@@ -122,12 +123,9 @@ def _capacity_row(question: Question, candidate: Candidate, found: Capacity) -> 
         row["closest_good_share"] = found.closest().good_share
         return row
     trial = found.at_capacity()
-    most = question.length.max_requests
-    if found.at_least or any(_is_cut(question, t) for t in found.trials):
-        row["note"] = (
-            f"at least: runs of {most} requests cannot show a higher rate, --max-requests can"
-        )
+    row["note"] = _note(question, candidate, found)
     row |= {
+        "rules": [r.model_dump() for r in _policy(question, candidate).rules()],
         "capacity_rps": found.rate.value,
         "capacity_low_rps": found.rate.low,
         "capacity_high_rps": found.rate.high,
@@ -150,6 +148,27 @@ def _capacity_row(question: Question, candidate: Candidate, found: Capacity) -> 
         if keeps(t, question.attainment)
     ]
     return row
+
+
+def _policy(question: Question, candidate: Candidate) -> ReusePolicy:
+    return candidate.fleet(question.model, question.slo).policy
+
+
+def _note(question: Question, candidate: Candidate, found: Capacity) -> str:
+    """What a reader should know of a capacity: what the runs could not show, what is not loaded."""
+    notes = []
+    if found.at_least or any(_is_cut(question, t) for t in found.trials):
+        most = question.length.max_requests
+        notes += [
+            f"at least: runs of {most} requests cannot show a higher rate, --max-requests can"
+        ]
+    share = found.at_capacity().metrics["unloaded_share"]
+    if share > 0:
+        notes += [
+            f"{100 * share:.2g} % of prompt tokens are computed although a tier holds them: "
+            "loading would have taken longer"
+        ]
+    return "; ".join(notes)
 
 
 def _is_cut(question: Question, trial: Trial) -> bool:

@@ -48,9 +48,9 @@ SMALL = ("--model", "llama-tiny", "--chunks", 2, "--chunk-tokens", 32, "--device
 
 def test_ttft_prints_four_ledgers_and_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "ttft.json"
-    args = ("ttft", *SMALL, "--repeats", 1, "--policies", "cachetune", "--tiers", "dram")
+    args = ("ttft", *SMALL, "--repeats", 1, "--policies", "cachetune", "--tiers", "dram,device")
     line, err = result(run, *args, "--rhos", "0.7", "--parts", "dram", "--out", out)
-    assert "not measured yet: curve, rho0.7" in err
+    assert "not measured yet: device, curve, rho0.7" in err
     line, err = result(run, *args, "--rhos", "0.7", "--out", out)
     assert "dram: measured before" in err and set(line["over_bound"]) == {"rho0.7"}
     written = json.loads(out.read_text())

@@ -201,3 +201,19 @@ def test_block_pool_keeps_its_sum():
     pool.free(7)
     pool.check_integrity()
     assert pool.n_free == 4
+
+
+def test_slow_loads_are_few_while_others_are_under_way():
+    """At three times the time, of 72 tokens: 24 may be loaded alone; behind another that computes
+    56 and loads 16, (56 + 72 - 3 x 16) / 3 = 26; without a rho, all."""
+    workload = make_workload([["a", "b", "c", "d"]] * 2, chunk_tokens=16, gap_ns=0)
+    for rho, expected in ((3.0, [1, 1]), (0.5, [4, 4]), (None, [4, 4])):
+        plan = ReusePlan(policy="full_reuse", rules=(RatioRule(rho=rho),))
+        engine = engine_for(workload, plan)
+        for request in workload.requests:
+            engine.on_arrival(request, 0)
+        decisions = [engine.decision_of(r.request_id) for r in workload.requests]
+        assert [sum(c.is_loaded for c in d.chunks) for d in decisions] == expected
+        run(engine_for(workload, plan))
+    assert ReusePlan().fingerprint() == ReusePlan(rules=(RatioRule(rho=None),)).fingerprint()
+    assert "rho" not in ReusePlan().model_dump_json()

@@ -95,9 +95,12 @@ def test_ratio_one_loads_only_what_is_exact():
     assert [c.tier for c in decision.chunks] == ["dram", "", ""]
 
 
-def test_ratio_one_without_exact_loads_is_full_recompute():
+@pytest.mark.parametrize(
+    "policy", ["prefix_cache", "full_reuse", "cacheblend", "epic", "cachetune"]
+)
+def test_ratio_one_without_exact_loads_is_full_recompute(policy: str):
     rule = rules(1.0, load_exact=False)
-    assert by("cachetune", A, EXACT_B, C, rules=rule) == by("full_recompute", A, B, C)
+    assert by(policy, A, EXACT_B, C, rules=rule) == by("full_recompute", A, B, C)
 
 
 def test_prefix_entries_are_loaded_whole():

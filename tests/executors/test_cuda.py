@@ -18,6 +18,7 @@ from cachetune.runtime.device import Device, open_device
 from cachetune.runtime.handlers import Handlers
 from cachetune.runtime.runner import Runner
 from cachetune.runtime.session import Session
+from cachetune.runtime.tiers import TierConfig
 from executors.conformance import *  # noqa: F403
 from executors.conformance import WORKLOAD, DecisionOf, Rig
 from fake_cuda import FakeCuda
@@ -78,8 +79,9 @@ GPU = pytest.param(
 )
 
 
-@pytest.fixture(params=["stub", "fake", GPU])
+@pytest.fixture(params=["stub", "fake", "hbm", GPU])
 def kind(request: pytest.FixtureRequest) -> str:
+    """What carries out ops; `hbm`: as `fake`, the chunks in the device's own memory."""
     found: str = request.param
     return found
 
@@ -91,12 +93,11 @@ def rig(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     loaded, _ = model_cases.make_twins("llama")
     device = open_device("cuda") if kind == "cuda" else FakeCuda()
     folder = tmp_path_factory.mktemp("cuda")
-    with Runner(
-        loaded, folder, model_cases.TIERS, device=device, kv_capacity_tokens=2048
-    ) as runner:
+    tiers = (*model_cases.TIERS, TierConfig("hbm", "device"))
+    with Runner(loaded, folder, tiers, device=device, kv_capacity_tokens=2048) as runner:
 
         def index(plan: ReusePlan) -> ChunkIndex:
-            runner.prepare(WORKLOAD, plan, "dram")
+            runner.prepare(WORKLOAD, plan, "hbm" if kind == "hbm" else "dram")
             return runner.index(plan)
 
         def executor(plan: ReusePlan, decision_of: DecisionOf) -> CudaExecutor:

@@ -10,11 +10,15 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from cachetune.core.model_spec import Stored
+from cachetune.core.plan import ReusePlan
+from cachetune.kernels.packing import Packed
 from cachetune.runtime.cuda_device import CudaDevice
 from cachetune.runtime.runner import Runner
 from fake_cuda import FakeCuda, OnDevice, plain, there
@@ -36,6 +40,9 @@ class Interpreted(FakeCuda):
     def restore(self, *args: Any) -> None:
         self._launch(CudaDevice.restore, *args)
 
+    def pack(self, *args: Any) -> Packed:
+        return self._launch(CudaDevice.pack, *args)
+
     def deviation(self, *args: Any) -> Tensor:
         return self._launch(CudaDevice.deviation, *args)
 
@@ -54,14 +61,13 @@ class Interpreted(FakeCuda):
             assert not isinstance(x, Tensor) or isinstance(x, OnDevice), launch.__name__
         with LOCK, torch._C.DisableTorchFunctionSubclass():
             out = launch(self, *args)
-        return there(plain(out)) if isinstance(out, Tensor) else out
+        return there(plain(out))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    loaded, _ = make_twins("llama")
+def run(plans: Sequence[ReusePlan], stored: Stored, device: Interpreted) -> None:
+    """The tokens of the CPU, and the same chunk files to the byte."""
+    loaded = make_twins("llama")[0].stored_as(stored)
     workload = prompt_workload(PROMPTS, 2)
-    device = Interpreted()
     with (
         tempfile.TemporaryDirectory() as folder,
         Runner(loaded, Path(folder) / "cpu", TIERS) as cpu,
@@ -69,14 +75,25 @@ def main() -> None:
     ):
         assert gpu.stages.graphs is not None
         gpu.stages.graphs._enabled = False
-        for plan in PLANS:
+        for plan in plans:
             made = []
             for runner in (cpu, gpu):
                 runner.prepare(workload, plan, "dram")
-                made.append(runner.serve(workload, plan, runner.index(plan)).token_ids)
-            print(f"{plan.policy}\t{'ok' if made[0] == made[1] else made}", flush=True)
-        wanted = {"restore", "sparse_attention", "decode_attention", "deviation"}
-        print(f"kernels\t{'ok' if wanted == set(device.n_kernels) else device.n_kernels}")
+                chunks = sorted((runner.store.root / "chunks").iterdir())
+                tokens_made = runner.serve(workload, plan, runner.index(plan)).token_ids
+                made.append((tokens_made, [(p.name, p.read_bytes()) for p in chunks]))
+            wrong = [i for i in range(2) if made[0][i] != made[1][i]]
+            what = f"tokens and files, of which differ {wrong}" if wrong else "ok"
+            print(f"{plan.policy} {stored}\t{what}", flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    device = Interpreted()
+    run(PLANS, "native", device)
+    run(PLANS[1:], "int4", device)
+    wanted = {"restore", "pack", "sparse_attention", "decode_attention", "deviation"}
+    print(f"kernels\t{'ok' if wanted == set(device.n_kernels) else device.n_kernels}")
 
 
 if __name__ == "__main__":

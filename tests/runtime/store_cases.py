@@ -10,7 +10,7 @@ from cachetune.core.model_spec import Dtype, ModelSpec
 from cachetune.runtime.chunk_store import ChunkStore, TierConfig
 from torch import Tensor
 
-TIERS = (TierConfig("disk", "file"), TierConfig("dram", "dram"))
+TIERS = (TierConfig("disk", "file"), TierConfig("dram", "dram"), TierConfig("hbm", "device"))
 REQUEST = 1 << 16
 
 

@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> Iterator[ChunkStore]:
     store.close()
 
 
-@pytest.mark.parametrize("tier", ["disk", "dram"])
+@pytest.mark.parametrize("tier", ["disk", "dram", "hbm"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("n_tokens", [1, 31, 32, 33, N, 256])
 def test_a_chunk_comes_back_in_its_order(

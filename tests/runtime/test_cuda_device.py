@@ -107,6 +107,28 @@ def test_pieces_go_by_the_kernel_or_the_copy_engine(
     assert len(gathered) <= 1  # one run is one copy
 
 
+def test_a_chunk_is_whole_when_it_is_held(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stream that nothing on the path of a request uses; the host waits, and says so."""
+    events: list[str] = []
+
+    def run(work: Any) -> None:
+        events.append("copy")
+        work()
+
+    def stream(name: str) -> SimpleNamespace:
+        events.append(name)
+        mark = SimpleNamespace(wait=lambda: events.append("wait"))
+        return SimpleNamespace(run=run, mark=lambda: mark)
+
+    monkeypatch.setattr(device, "stream", stream)
+    pages = torch.randint(0, 255, (3 * 4096,), dtype=torch.uint8)
+    held = device.hold(pages)
+    assert torch.equal(held, pages) and held.data_ptr() != pages.data_ptr()
+    assert events == ["place", "copy", "wait"] and device.host_waits == {"chunk placed": 1}
+
+
 def test_a_stream_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps freed memory by stream: a new one for each run would begin with none."""
     made: list[int] = []

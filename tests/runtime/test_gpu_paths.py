@@ -16,6 +16,7 @@ from cachetune.runtime.cuda_device import is_pinned
 from cachetune.runtime.device import open_device
 from cachetune.runtime.rope_gate import check_rope
 from cachetune.runtime.runner import Runner
+from cachetune.runtime.tiers import TierConfig
 
 from .model_cases import TIERS, make_twins, prompt_workload
 from .test_device_paths import PLANS, PROMPTS, executed, name_of, served, unannounced
@@ -92,6 +93,59 @@ def test_chunks_in_ram_lie_in_pinned_pages(pair: tuple[Runner, Runner]) -> None:
     chunks = list(gpu.store._catalog.ram.values())
     assert chunks and all(is_pinned(chunk) for chunk in chunks)
     assert not gpu.store._reader._pool._lent
+
+
+@pytest.mark.parametrize("plan", PLANS[1:4], ids=name_of)
+def test_chunks_on_the_device_are_read_where_they_lie(
+    tmp_path: Path, plan: ReusePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very logits of DRAM; a hit uploads no page and no call synchronises."""
+    workload, execute, uploaded = prompt_workload(PROMPTS, 3), runner_module.execute, []
+    tiers = (*TIERS, TierConfig("hbm", "device"))
+    with Runner(
+        make_twins("llama")[0], tmp_path, tiers, device="cuda", kv_capacity_tokens=4096
+    ) as gpu:
+        want = executed(gpu, workload, plan)
+        executed(gpu, workload, plan, "hbm")
+        usual = gpu.device.upload_pages
+
+        def upload(pages: torch.Tensor, ranges: Any) -> torch.Tensor:
+            uploaded.append(pages.numel())
+            return usual(pages, ranges)
+
+        def strict(*args: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return execute(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(gpu.device, "upload_pages", upload)
+        monkeypatch.setattr(runner_module, "execute", strict)
+        got = executed(gpu, workload, plan, "hbm")
+        chunks = list(gpu.store._catalog.on_device.values())
+    assert not uploaded and not unannounced(got)
+    assert chunks and all(p.blobs.is_cuda for chunk in chunks for p in chunk.parts)
+    for request_id, logits in want.suffix_logits.items():
+        assert torch.equal(got.suffix_logits[request_id], logits)
+
+
+def test_memory_of_an_evicted_chunk_is_not_used_before_its_reader_is_done() -> None:
+    """A long kernel queued before the read; the next chunks take memory of the same size."""
+    device = open_device("cuda")
+    size, copies = 64 << 20, []
+    held = [device.hold(torch.full((size,), 7, dtype=torch.uint8))]
+
+    def read() -> None:
+        torch.cuda._sleep(50_000_000)
+        chunk = held.pop()
+        device.used_here(chunk)
+        copies.append(chunk.clone())
+
+    device.stream("restore").run(read)
+    others = [device.hold(torch.full((size,), i, dtype=torch.uint8)) for i in range(3)]
+    device.synchronise("test")
+    assert bool((copies[0] == 7).all()) and [int(x[-1]) for x in others] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("size", [4096, 1 << 20])

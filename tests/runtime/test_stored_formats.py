@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cachetune.core.errors import ModelError, StoreError
@@ -12,8 +14,11 @@ from cachetune.core.invariants import check
 from cachetune.core.layout import chunk_bytes, read_bytes
 from cachetune.core.model_spec import STORED_BITS, Dtype, ModelSpec, Stored
 from cachetune.kernels.packing import pack, unpack
-from cachetune.runtime.chunk_file import ChunkCorrupt
+from cachetune.runtime.chunk_file import ChunkCorrupt, Geometry
+from cachetune.runtime.device import CPU, open_device
+from cachetune.runtime.encoded_kv import EncodedKv, EncodedPart
 from cachetune.runtime.runner import Runner
+from cachetune.runtime.write_back import WriteBack
 from fake_cuda import FakeCuda
 
 from . import store_cases as cases
@@ -33,14 +38,14 @@ def packed_model(stored: Stored, dtype: Dtype = "float32") -> ModelSpec:
 def test_what_comes_back_is_what_packing_makes_of_it(
     tmp_path: Path, stored: Stored, dtype: Dtype
 ) -> None:
-    """Bit for bit, from a file and from RAM, any prefix of the rows; and within half a step."""
+    """Bit for bit, from every medium, any prefix of the rows; and within half a step."""
     model = packed_model(stored, dtype)
     chunk, bits = cases.make_chunk(model, N), STORED_BITS[stored]
     store = cases.open_store(tmp_path, model)
     key = cases.put(store, "a", chunk)
     header = cases.chunk_file(store, key).stat().st_size - chunk_bytes(model, N)
     assert 0 < header <= 8192
-    for tier in ("disk", "dram"):
+    for tier in ("disk", "dram", "hbm"):
         store.place(key, tier)
         for n in (1, 32, 40, N):
             rows = store.read(key, 0, 3, [n] * 3, cases.REQUEST, tier)
@@ -166,3 +171,109 @@ def test_every_policy_takes_packed_chunks(tmp_path: Path, policy: str) -> None:
             made.append(result.token_ids)
             assert sum(result.n_reused_tokens.values()) > 0
     assert made[0] == made[1]
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["fake", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["native", *FORMATS])
+def test_blobs_are_laid_out_the_same_on_every_device(
+    stored: Stored, dtype: Dtype, device: str
+) -> None:
+    model = packed_model(stored, dtype)
+    shape = Geometry.of(model)
+    for n in (1, 32, N):
+        chunk, found = cases.make_chunk(model, n), []
+        for where in (CPU, FakeCuda() if device == "fake" else open_device(device)):
+            part = EncodedPart(where, where.upload(chunk.k), where.upload(chunk.v))
+            found.append(EncodedKv((part,)).blobs(shape, chunk.order))
+        assert np.array_equal(*found) and found[0].nbytes == chunk_bytes(model, n)
+
+
+CHUNK = tokens(70)
+"""Two row groups and a part of one."""
+
+
+def files(runner: Runner) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (runner.store.root / "chunks").iterdir()}
+
+
+def ingest_all(runner: Runner) -> None:
+    """A chunk in every order, then a chain of two in whose middle no row group begins."""
+    for selector in ("chunk_start", "random", "low_pass", "spread_high_pass"):
+        texts = [tokens(30, i) for i in range(3)]
+        runner.ingestor.ingest(CHUNK, selector=selector, tier="file", neighbours=texts)
+    runner.ingestor.ingest_prefix([tokens(41), CHUNK], selector="chunk_start", tier="dram")
+
+
+@pytest.mark.parametrize("n_stages", [1, 3])
+@pytest.mark.parametrize("stored", ["native", "int8", "int4", "int3", "int2"])
+def test_a_gpu_lays_out_the_same_files(
+    tmp_path: Path, stored: Stored, n_stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte; each stage packs its own layers, and only its blobs come to the host unless
+    the selector looks at values."""
+    loaded = make_twins("llama")[0].stored_as(stored)
+    spec, devices = loaded.spec, [FakeCuda(i) for i in range(n_stages)]
+    monkeypatch.setattr(
+        "cachetune.runtime.runner.stage_devices",
+        lambda first, n: [first] if first.kind == "cpu" else devices,
+    )
+    with Runner(loaded, tmp_path / "cpu", TIERS) as cpu:
+        ingest_all(cpu)
+        want = files(cpu)
+    with Runner(
+        loaded, tmp_path / "gpu", TIERS, device=devices[0], kv_capacity_tokens=1024,
+        pipeline_stages=n_stages,
+    ) as gpu:  # fmt: skip
+        came: list[int] = []
+        for selector in ("chunk_start", "random", "low_pass", "high_pass"):
+            before = sum(d.downloaded_bytes for d in devices)
+            entry = gpu.ingestor.ingest(CHUNK, selector=selector, tier="file")
+            came.append(sum(d.downloaded_bytes for d in devices) - before)
+            assert entry.n_bytes == chunk_bytes(spec, len(CHUNK))
+        laid_out, values = entry.n_bytes, len(CHUNK) * spec.kv_bytes_per_token
+        assert came == [laid_out, laid_out, values + laid_out, values + laid_out]
+        packs = [2 * n for n, _ in gpu.stages.places] if stored != "native" else [0] * n_stages
+        assert [d.n_kernels["pack"] for d in devices] == [4 * n for n in packs]
+        gpu.store.discard(entry.key)  # the one that `ingest_all` does not make
+        ingest_all(gpu)
+        found = files(gpu)
+    assert found == want and len(want) == 6
+
+
+def test_what_waits_to_be_written_is_packed(tmp_path: Path) -> None:
+    """On a GPU the queue holds the blobs, and no memory of the device; on the CPU the values."""
+    loaded, held = make_twins("llama")[0].stored_as("int4"), {}
+    for name, device in (("cpu", "cpu"), ("gpu", FakeCuda())):
+        with Runner(
+            loaded, tmp_path / name, TIERS, device=device, kv_capacity_tokens=1024
+        ) as runner:
+            queue, gate = WriteBack(), threading.Event()
+            queue.add(lambda gate=gate: gate.wait(20), 1)
+            for number in range(2):
+                text = tokens(70, number)
+                assert runner.ingestor.ingest_behind(queue, text, selector="random", tier="file")
+            held[name] = queue.pending_bytes - 1
+            assert not files(runner)
+            gate.set()
+            queue.close()
+            held[name, "files"] = files(runner)
+            assert queue.counters.written == 3 and runner.ingestor.ledger.n_chunks == 2
+    assert held["cpu"] == 2 * 70 * loaded.spec.kv_bytes_per_token
+    assert held["gpu"] == 2 * chunk_bytes(loaded.spec, 70) < held["cpu"]
+    assert held["gpu", "files"] == held["cpu", "files"] and len(held["gpu", "files"]) == 2
+
+
+def test_blobs_of_another_size_are_refused(tmp_path: Path) -> None:
+    store = cases.open_store(tmp_path, packed_model("int4"))
+    for n_bytes in (0, chunk_bytes(store.model, N) - 1, chunk_bytes(store.model, 9 * N)):
+        with pytest.raises(StoreError, match=f"{n_bytes} bytes"):
+            store.put_blobs(
+                "a", torch.arange(N), lambda n=n_bytes: np.zeros(n, np.uint8), order_name="rank",
+                tier="disk",
+            )  # fmt: skip
+    assert len(store.index("rank")) == 0 and store.tiers["disk"].used_bytes == 0
+    store.close()

@@ -204,10 +204,10 @@ def test_two_reads_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     store.close()
 
 
-@pytest.mark.parametrize("tier", ["disk", "dram"])
+@pytest.mark.parametrize("tier", ["file", "dram", "device"])
 def test_readers_beside_writers_and_evictions(tmp_path: Path, tier: str) -> None:
     size = chunk_bytes(cases.make_model(), N)
-    tiers = (TierConfig(tier, "file" if tier == "disk" else "dram", capacity_bytes=4 * size),)
+    tiers = (TierConfig(tier, tier, capacity_bytes=4 * size),)
     store = cases.open_store(tmp_path, tiers=tiers)
     chunks = [cases.make_chunk(store.model, N, i) for i in range(4)]
     cases.put(store, "0", chunks[0], tier)

@@ -27,6 +27,7 @@ CAPACITY = 6 * SIZE + 1
 TIERS = (
     TierConfig("disk", "file", capacity_bytes=CAPACITY),
     TierConfig("dram", "dram", capacity_bytes=2 * SIZE),
+    TierConfig("hbm", "device", capacity_bytes=SIZE, demote_to="dram"),
 )
 HEADER = 4096
 CONTEXT = get_context("fork")
@@ -60,11 +61,11 @@ def act(store: ChunkStore, draw: random.Random, counts: Counter[str]) -> None:
     what = draw.choice(["put", "put", "read", "read", "place", "discard"])
     try:
         if what == "put" or found is None:
-            cases.put(store, content_id, chunk_of(content_id), draw.choice(["disk", "dram"]))
+            cases.put(store, content_id, chunk_of(content_id), draw.choice(list(store.tiers)))
         elif what == "read":
             assert cases.holds(store, found.key, chunk_of(content_id)), "wrong rows"
         elif what == "place":
-            store.place(found.key, draw.choice(["disk", "dram"]))
+            store.place(found.key, draw.choice(list(store.tiers)))
         else:
             store.discard(found.key)
         counts[what] += 1
@@ -128,11 +129,11 @@ def test_processes_ingest_read_and_evict(tmp_path: Path, n_processes: int, secon
     for counts in results:
         assert "error" not in counts, counts
         assert counts.get("corrupt", 0) == counts["bad"] == 0, counts
-        assert counts["disk overfull"] == counts["dram overfull"] == 0
+        assert not any(counts[f"{tier.name} overfull"] for tier in TIERS)
         assert min(counts["put"], counts["read"]) > 10, counts
     assert sum(counts["alone"] for counts in results) == 1
-    # disk and dram chunks have files: each tier's cap holds, so their sum does
-    assert 0 < most <= CAPACITY + 2 * SIZE
+    # chunks of every tier have files: each tier's cap holds, so their sum does
+    assert 0 < most <= CAPACITY + 2 * SIZE + SIZE
     check(tmp_path).close()
 
 
@@ -147,7 +148,7 @@ def test_one_of_two_is_killed(tmp_path: Path, n_rounds: int) -> None:
         assert pipe.poll(30)
         counts = pipe.recv()
         assert "error" not in counts and counts.get("corrupt", 0) == 0, counts
-        assert counts["disk overfull"] == counts["dram overfull"] == 0
+        assert not any(counts[f"{tier.name} overfull"] for tier in TIERS)
         victim.join()  # type: ignore[attr-defined]
         store = cases.open_store(tmp_path, MODEL, TIERS)
         assert store.repairs["bad_files_removed"] == store.repairs["index_rebuilt"] == 0

@@ -24,17 +24,11 @@ def test_alone_both_take_the_same_time() -> None:
         np.testing.assert_allclose(by_requests(workload, profile, N_REPLICAS), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
-def test_replicas_share_a_link_as_layers_do(load: float) -> None:
-    """Loads of a replica in order, those of different ones side by side; loads take longest."""
-    p50, p99 = errors(load, share=2.0)
-    print(f"load {load}: p50 {p50:+.2%}, p99 {p99:+.2%}")
-    assert abs(p50) <= 0.02 and abs(p99) <= 0.05
-
-
-def test_how_far_they_are_apart_where_compute_takes_as_long() -> None:
-    """A request's first piece begins as late as the present rates allow. If the link gets free
-    afterwards, layers have computed meanwhile what had come; the composite begins only then."""
-    p50, p99 = errors(0.5, share=1.0)
-    print(f"p50 {p50:+.2%}, p99 {p99:+.2%}")
-    assert 0.0 <= p50 <= 0.12 and abs(p99) <= 0.05
+@pytest.mark.parametrize(
+    ("load", "share"), [(0.3, 2.0), (0.5, 2.0), (0.7, 1.0), (0.5, 1.0), (0.3, 0.5), (0.5, 0.5)]
+)
+def test_replicas_share_a_link_as_layers_do(load: float, share: float) -> None:
+    """Loads of a replica in order, those of different ones side by side; whatever takes longest."""
+    p50, p99 = errors(load, share)
+    print(f"load {load}, over compute {share}: p50 {p50:+.2%}, p99 {p99:+.2%}")
+    assert abs(p50) <= 0.005 and abs(p99) <= 0.005

@@ -38,6 +38,7 @@ def open_runner(loaded: LoadedModel, root: Path) -> Runner:
     tiers = (
         TierConfig("file", "file", capacity_bytes=20 * most),
         TierConfig("dram", "dram", capacity_bytes=5 * most),
+        TierConfig("hbm", "device", capacity_bytes=3 * most, demote_to="dram"),
     )
     return Runner(loaded, root, tiers, kv_capacity_tokens=4096)
 
@@ -65,7 +66,7 @@ def _putting(runner: Runner, tier: str) -> str:
 
 
 def _ingest(runner: Runner, draw: random.Random, phase: mmap.mmap) -> None:
-    text, tier = draw.choice(TEXTS), draw.choice(["file", "file", "dram"])
+    text, tier = draw.choice(TEXTS), draw.choice(["file", "file", "dram", "hbm"])
     _at(phase, _putting(runner, tier))
     runner.ingestor.ingest(text, selector=draw.choice(SELECTORS), tier=tier)
 
@@ -78,7 +79,7 @@ def _place(runner: Runner, draw: random.Random, phase: mmap.mmap) -> None:
     keys = _keys(runner)
     if keys:
         _at(phase, "place")
-        runner.store.place(draw.choice(keys), draw.choice(["dram", "dram", "file"]))
+        runner.store.place(draw.choice(keys), draw.choice(["dram", "dram", "file", "hbm"]))
 
 
 def _discard(runner: Runner, draw: random.Random, phase: mmap.mmap) -> None:
@@ -91,7 +92,7 @@ def _discard(runner: Runner, draw: random.Random, phase: mmap.mmap) -> None:
 
 
 def _serve(runner: Runner, draw: random.Random, phase: mmap.mmap) -> None:
-    workload, tier = workload_of(draw), draw.choice(["file", "dram"])
+    workload, tier = workload_of(draw), draw.choice(["file", "dram", "hbm"])
     _at(phase, _putting(runner, tier))
     runner.prepare(workload, PLAN, tier, only_missing=True)
     _at(phase, "serve")
@@ -138,12 +139,15 @@ def _check_values(runner: Runner, key: str) -> None:
     store, n_layers = runner.store, runner.spec.n_layers
     entry, order = store.entry(key), store.order(key)
     rows = store.read(key, 0, n_layers, [entry.n_tokens] * n_layers, 1 << 16)
-    k, v = runner.transformer.encode(torch.tensor(ID_OF[entry.content_id]))
+    true = runner.transformer.encode(torch.tensor(ID_OF[entry.content_id]))
     for layer in range(n_layers):
-        for found, values, per in ((rows.k, k, "channel"), (rows.v, v, "token")):
-            true = values[layer, order]
-            gap = (found(layer) - true).abs()
-            assert bool((gap <= allowed_gap(true, runner.spec.stored, per)).all()), (key, layer)
+        for found, values, per in (
+            (rows.k, true.host_k, "channel"),
+            (rows.v, true.host_v, "token"),
+        ):
+            kept = values[layer, order]
+            gap = (found(layer) - kept).abs()
+            assert bool((gap <= allowed_gap(kept, runner.spec.stored, per)).all()), (key, layer)
 
 
 def allowed_gap(values: torch.Tensor, stored: Stored, per: Per) -> torch.Tensor:

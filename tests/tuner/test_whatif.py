@@ -238,19 +238,6 @@ def test_a_model_too_large_for_a_gpu_fits_in_two_stages(catalogue: Catalogue):
         two.check_fits(small, catalogue, 1)
 
 
-def test_a_tier_beyond_break_even_is_computed(catalogue: Catalogue, model: ModelSpec):
-    slow = Candidate(machine=compose(catalogue, "H100-SXM", disk="hdd-7200"))
-    ratios = slow.fleet(model, SLO).policy.recompute_ratio
-    assert ratios == {"*": 0.15, "hdd-7200": 1.0}
-    kept = slow.replace(break_even=False).fleet(model, SLO).policy.recompute_ratio
-    assert kept == {"*": 0.15}
-    warm = [
-        evaluate(c, model, SLO, RAG, SHORT, 4.0, 0) for c in (slow, slow.replace(policy="epic"))
-    ]
-    assert warm[0].good_share == 1.0
-    assert warm[0].metrics["loaded_share"]["hdd-7200"] == 0.0
-
-
 def test_more_bandwidth_and_more_replicas_never_hurt(catalogue: Catalogue, model: ModelSpec):
     p99 = {}
     for disk in ("sata-ssd", "nvme-gen4", "4x-nvme-gen5"):
