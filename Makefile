@@ -28,11 +28,11 @@ demo: $(READY)  ## the main job: calibrate, tune, run, compare; report in build/
 test: check  ## everything that must hold, in minutes
 	$(RUN) pytest -m "not slow and not gpu" $(ARGS)
 
-FLOORS := core kernels
+FLOORS := core kernels simulator runtime calibration tuner cli
 
 check: $(READY)  ## ruff and mypy (strict) on every floor
 	$(RUN) ruff check .
-	$(RUN) mypy $(FLOORS:%=-p cachetune.%)
+	$(RUN) mypy $(FLOORS:%=-p cachetune.%) -m cachetune.__main__
 
 soak: $(READY)  ## the slow tests: full counts of kills, fuzz, load; goes on where it was stopped
 	$(RUN) pytest -m "slow and not gpu" --timeout 7200 $(ARGS)

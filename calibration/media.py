@@ -15,7 +15,7 @@ from .probes import Library, Probe, Shape, plan_with
 
 if TYPE_CHECKING:
     from ..runtime.runner import Runner
-    from ..runtime.tiers import TierConfig
+    from ..runtime.tiers import Medium, TierConfig
 
 N_RUNS = 5
 WORKERS = (1, 3)
@@ -50,7 +50,7 @@ def _load_only(runner: Runner, probe: Probe) -> list[Timeline]:
     ][1:]
 
 
-def fit_media(measured: Sequence[Measured], media: Mapping[str, str], seed: int) -> Fit:
+def fit_media(measured: Sequence[Measured], media: Mapping[str, Medium], seed: int) -> Fit:
     """`load.op`, by medium `load.<medium>.read`, `.byte`, `.link`, and `interference.io.*`.
 
     Args:

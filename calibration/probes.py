@@ -108,7 +108,7 @@ def ladder(library: Library, tiers: Sequence[str], max_tokens: int) -> list[Prob
         Shape(12, size // 3, 24),
         Shape(2, 4 * size - 16, 32),
     ]
-    probes = []
+    probes: list[Probe] = []
     for s, shape in enumerate(shapes):
         workload = library.workload(shape, shelf=s)
 

@@ -82,19 +82,20 @@ def command(
             rows.append(measured(case))
             tell("cases", i + 1, len(cases))
         found = study(path, table, trials, workers, seed, tell) if trials else None
+    checks = _checks(rows, found)
     result = {
         "provenance": provenance_here(seed).model_dump(mode="json"),
         "trace": table.provenance,
         "rows": rows,
         "study": found,
-        "checks": _checks(rows, found),
+        "checks": checks,
         "published": [{"what": what, "requests_per_cpu_s": rate} for what, rate in ANCHORS],
     }
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
     short = [(r["n_requests"], r["cpu_s"]) for r in rows if r["case"] == "short"]
     write_atomic(out.with_suffix(".svg"), _plot(short).encode())
     print_table(rows, COLUMNS, "simulator")
-    print_table(result["checks"], ("what", "value", "limit", "kept"), "asked for")
+    print_table(checks, ("what", "value", "limit", "kept"), "asked for")
     note(f"result: {out} and {out.with_suffix('.svg')}")
     rates = [r["requests_per_cpu_s"] for r in rows]
     print_json_line({"command": "bench simulator", "requests_per_cpu_s": rates, "study": found})

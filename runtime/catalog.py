@@ -96,8 +96,9 @@ class Catalog:
             kept = self.kept.pop(key, None)
             for copies in (self.ram, self.on_device):
                 copies.pop(key, None)
-            for name in tuple(kept.tiers) if kept is not None else ():
-                self._part(kept, name)
+            if kept is not None:
+                for name in tuple(kept.tiers):
+                    self._part(kept, name)
         for key, row in changed.items():
             there = self.kept.get(key)
             if row is not None and there is None:

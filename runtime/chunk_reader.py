@@ -143,7 +143,7 @@ class ChunkReader:
     ) -> ReadRun:
         return ReadRun(
             kept.entry.key, self._shape, kept.blob_bytes, kept.seed, source, limiter,
-            memoryview(out), request_bytes,
+            out.data, request_bytes,
         )  # fmt: skip
 
     @contextmanager

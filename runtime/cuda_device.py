@@ -46,7 +46,8 @@ class CudaMark:
 
     def ns_since(self, earlier: CudaMark) -> float:
         """See `Mark`. The driver gives fp32 milliseconds: 60 ns of a second, 60 us of 1000 s."""
-        return earlier.event.elapsed_time(self.event) * 1e6
+        ms: float = earlier.event.elapsed_time(self.event)
+        return ms * 1e6
 
 
 class CudaStream:
@@ -182,9 +183,13 @@ class CudaDevice(Device):
     def to_host(self, here: Tensor, why: str) -> Tensor:
         """See `Device`."""
         host = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)
+
+        def copy() -> None:
+            host.copy_(here, non_blocking=True)
+
         out = self.stream(COPY_OUT)
         out.follow(CudaMark(torch.cuda.current_stream(self.torch)))
-        out.run(lambda: host.copy_(here, non_blocking=True))
+        out.run(copy)
         with self.waiting(why):
             out.mark().wait()
         return host

@@ -187,12 +187,11 @@ class Device:
         v_out: Tensor, cos: Tensor, sin: Tensor,
     ) -> None:  # fmt: skip
         """See `kernels.reference.restore` and, for both packed, `restore_quantised`."""
-        tables = {"cos_table": cos, "sin_table": sin}
         if isinstance(k, Packed) and isinstance(v, Packed):
-            reference.restore_quantised(k, v, positions, k_out, v_out, **tables)
+            reference.restore_quantised(k, v, positions, k_out, v_out, cos_table=cos, sin_table=sin)
         else:
             assert isinstance(k, Tensor) and isinstance(v, Tensor)
-            reference.restore(k, v, positions, k_out, v_out, **tables)
+            reference.restore(k, v, positions, k_out, v_out, cos_table=cos, sin_table=sin)
 
     def pack(self, x: Tensor, bits: int, per: Per) -> Packed:
         """See `kernels.packing.pack`; the same bytes on every device."""

@@ -308,12 +308,11 @@ class Ranked:
         """All keys, next victim first."""
         if not self._is_ranked:
             self._rank_all()
-        ranks, ticks, keys = (column[self._at :] for column in self._near)
+        ranks, ticks, keys = self._near
         late = [use for use in self._late if self.held.get(use[2]) == use[1]]
-        for column, more in zip((ranks, ticks, keys), zip(*late, strict=True), strict=False):
-            column += more  # type: ignore[arg-type]
         near = _Uses()
-        near.add(ranks, ticks, keys)
+        near.add(ranks[self._at :], ticks[self._at :], keys[self._at :])
+        near.add([use[0] for use in late], (use[1] for use in late), (use[2] for use in late))
         far = self._far.live(self.held)
         near = near.live(self.held)
         all_ranks, all_ticks, all_keys = (

@@ -164,7 +164,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Rank correlation, ties by mean rank; None for fewer than three or constant values."""
     if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
         return None
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+    from scipy.stats import spearmanr
 
     return float(spearmanr(a, b).statistic)
 
