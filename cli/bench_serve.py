@@ -21,7 +21,7 @@ UTILISATIONS = (0.3, 0.6, 0.9)
 
 
 def command(
-    model: _Model = "llama-10m",
+    model: _Model = "llama-25m",
     profile: _Profile = Path("build/grid/profile.json"),
     tier: _Tier = "rho0.7",
     requests: _Requests = 200,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="benchmarks run the model")
 
 from cachetune.calibration.ceilings import Sizes
-from cachetune.cli import bench_machine, bench_parts, gpu_suite
+from cachetune.cli import bench_grid, bench_machine, bench_parts, bench_serve, gpu_suite
 from cachetune.cli.gpu_suite import Stamps, Step
 
 from .file_cases import Run
@@ -188,3 +189,10 @@ class TestSuite:
         ran.clear()
         run("bench", "gpu")
         assert ran == failed
+
+
+def test_grid_and_serve_share_a_profile() -> None:
+    """`make bench` runs them in this order, and a profile is of one model."""
+    shared = [inspect.signature(bench.command).parameters for bench in (bench_grid, bench_serve)]
+    for name in ("model", "profile"):
+        assert len({str(parameters[name].default) for parameters in shared}) == 1
