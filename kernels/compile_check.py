@@ -188,7 +188,12 @@ def main() -> int:
         print("TRITON_INTERPRET=1 replaces the compiler: unset it and run again", file=sys.stderr)
         return 2
     cases = [c for c in all_cases() if not c.tiny] if options.all else representatives()
-    return 1 if check([c for c in cases if options.only in c.name]) else 0
+    chosen = [c for c in cases if options.only in c.name]
+    if not chosen:
+        known = ", ".join(c.name for c in cases)
+        print(f"--only must name a case: {options.only!r}; take one of {known}", file=sys.stderr)
+        return 2
+    return 1 if check(chosen) else 0
 
 
 if __name__ == "__main__":

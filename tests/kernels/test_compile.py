@@ -40,6 +40,12 @@ def test_interpreter_mode_is_refused() -> None:
     assert "unset it" in run.stderr
 
 
+def test_a_name_that_no_case_has_is_refused() -> None:
+    run = run_check("--only", "nothing/like_this")
+    assert run.returncode == 2
+    assert "take one of" in run.stderr and "pack/" in run.stderr
+
+
 def test_a_spill_fails_the_check() -> None:
     from cachetune.kernels.compile_check import Report, problems
     from cachetune.kernels.registry import representatives
