@@ -59,13 +59,14 @@ def fleet_row(question: Question, candidate: Candidate, row: Mapping[str, Any]) 
 
 def _by_division(row: Mapping[str, Any], target: float, count: int) -> dict[str, Any]:
     price, low = row["usd_per_h"], row["low_rps"]
+    how = f"replicas by division: more than {TOGETHER_MAX} are not simulated together"
     return {
         "replicas": count,
         "replicas_high": math.ceil(target / low) if low > 0 else None,
         "fleet_usd_per_h": None if price is None else price * count,
         "fleet_usd_per_mtok": row["usd_per_mtok"],
         "fleet": None,
-        "note": f"replicas by division: more than {TOGETHER_MAX} are not simulated together",
+        "note": "; ".join([text for text in (row["note"], how) if text]),
     }
 
 

@@ -363,7 +363,9 @@ def test_runs_of_conversations_do_not_show_rates_that_they_cannot(
 def test_very_many_replicas_are_counted_and_not_simulated(candidate: Candidate, model: ModelSpec):
     question = Question(model=model, slo=SLO, traffic=RAG, target_rps=1e5)
     row = {"capacity_rps": 10.0, "low_rps": 8.0, "usd_per_h": 2.0, "usd_per_mtok": 0.1}
-    found = fleet_row(question, candidate, row)
+    found = fleet_row(question, candidate, row | {"note": "at least"})
+    assert found["note"].startswith("at least; ")
+    found = fleet_row(question, candidate, row | {"note": ""})
     assert (found["replicas"], found["replicas_high"]) == (10_000, 12_500)
     assert found["fleet_usd_per_h"] == 20_000 and "by division" in found["note"]
 
