@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from cachetune.core.catalogue import Catalogue, load_catalogue
 from cachetune.core.hardware import HardwareProfile
 from cachetune.core.model_spec import ModelSpec
 from cachetune.core.plan import TunedPlan
@@ -15,6 +16,12 @@ from support import make_model, make_profile, make_tier, make_workload
 TOKEN_S = 1e-4
 """Seconds to recompute one token, over all layers."""
 RHOS = {"fast": 0.05, "mid": 0.7, "slow": 25.0}
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> Catalogue:
+    """The one that ships."""
+    return load_catalogue()
 
 
 @pytest.fixture(scope="session")

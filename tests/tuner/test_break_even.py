@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cachetune.core.catalogue import Catalogue, load_catalogue
+from cachetune.core.catalogue import Catalogue
 from cachetune.core.machine_spec import compose
 from cachetune.core.model_presets import model_preset
 from cachetune.core.model_spec import ModelSpec
@@ -16,11 +16,6 @@ from cachetune.tuner.traffic import Traffic
 SLO = Slo(ttft_ms=400, tpot_ms=50)
 RAG = Traffic(text="rag:passages=300,tokens=512,chunks=8,output=16")
 SHORT = RunLength(horizon_s=10, min_requests=80, max_requests=80)
-
-
-@pytest.fixture(scope="module")
-def catalogue() -> Catalogue:
-    return load_catalogue()
 
 
 @pytest.fixture(scope="module")

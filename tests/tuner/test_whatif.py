@@ -38,11 +38,6 @@ SHORT = RunLength(horizon_s=10, min_requests=80, max_requests=80)
 
 
 @pytest.fixture(scope="module")
-def catalogue() -> Catalogue:
-    return load_catalogue()
-
-
-@pytest.fixture(scope="module")
 def model() -> ModelSpec:
     return model_preset("Llama-3.1-8B")
 
