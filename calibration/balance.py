@@ -31,6 +31,8 @@ Progress = Callable[[str, int, int], None]
 BOUND = 1.10
 """A measured TTFT may exceed the bound by this factor."""
 RATIO_STEP = 0.01
+SCREENING = 3
+"""Times that every plan is measured; the repeats after those are the best one's."""
 SLOW_RHO = 1.0
 """Where a token takes longer to load than to compute, exact chunks are computed."""
 
@@ -185,28 +187,45 @@ def measure_balanced(
     n_repeats: int,
     progress: Progress | None = None,
 ) -> list[Balanced]:
-    """Each plan whole and in parts, interleaved; loads alone only wait, so they run once."""
+    """Each plan whole and in parts, interleaved; loads alone only wait, so they run once.
+
+    After `SCREENING` turns only the best plan goes on, so that its median is not the least of
+    several that scatter; the first still computes alone, which tells by how much the machine is
+    slower than when the curves were measured.
+    """
     workload = Library(runner.spec, 0).workload(shape)
     cases = []
     for label, plan in plans.items():
         runner.prepare(workload, plan, tier)
         decisions, whole = runner.batch_schedule(workload, plan, runner.index(plan, tier))
         one = Balanced(label, plan.rule(tier, 1).ratios, Work.of(whole, runner.spec))
-        cases.append((one, plan, decisions, whole))
+        cases.append((one, _Turn(runner, workload, plan, decisions), whole))
+    found = [case[0] for case in cases]
+    best: Balanced | None = None
     for turn in range(n_repeats + 1):
-        for i, (one, plan, decisions, whole) in enumerate(cases):
-            one_turn = _Turn(runner, workload, plan, decisions)
-            beside, alone = one_turn.run(whole), one_turn.run(part_of(whole, COMPUTING))
-            if turn:
-                one.whole_ms.append(beside.makespan_ns / 1e6)
+        if turn > SCREENING and best is None:
+            best = min(found, key=lambda one: median(one.whole_ms))
+        for one, one_turn, whole in cases:
+            if best is None or best is one:
+                _note(one, one_turn, whole, turn)
+            elif one is found[0]:
+                alone = one_turn.run(part_of(whole, COMPUTING))
                 one.compute_ms.append(alone.makespan_ns / 1e6)
-                one.busy_beside_ms.append(_computing_ms(beside))
-                one.busy_alone_ms.append(_computing_ms(alone))
-            if turn == 1:
-                one.load_ms.append(one_turn.run(part_of(whole, LOADING)).makespan_ns / 1e6)
-            if progress is not None:
-                progress(tier, turn * len(cases) + i + 1, (n_repeats + 1) * len(cases))
-    return [case[0] for case in cases]
+        if progress is not None:
+            progress(tier, turn + 1, n_repeats + 1)
+    return found
+
+
+def _note(one: Balanced, one_turn: _Turn, whole: Schedule, turn: int) -> None:
+    """Measure and keep one turn; turn 0 warms up."""
+    beside, alone = one_turn.run(whole), one_turn.run(part_of(whole, COMPUTING))
+    if turn:
+        one.whole_ms.append(beside.makespan_ns / 1e6)
+        one.compute_ms.append(alone.makespan_ns / 1e6)
+        one.busy_beside_ms.append(_computing_ms(beside))
+        one.busy_alone_ms.append(_computing_ms(alone))
+    if turn == 1:
+        one.load_ms.append(one_turn.run(part_of(whole, LOADING)).makespan_ns / 1e6)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _Policies = Annotated[str, typer.Option(help="Policies beside full recompute, by
 _Tier = Annotated[
     str, typer.Option(help="Where the chunks lie: device, dram, file, file-cached or redis.")
 ]
-_Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats; 3 or more for a result.")]
+_Repeats = Annotated[int, typer.Option(min=1, help="Interleaved repeats; 20 or more for a result.")]
 _IoWorkers = Annotated[int, typer.Option(min=1, max=16, help="I/O streams of a tier.")]
 _Piece = Annotated[int, typer.Option(min=16, help="Chunked prefill: most rows of a piece.")]
 _Group = Annotated[int, typer.Option(min=1, help="Layers per op.")]
@@ -51,7 +51,7 @@ def command(
     ratios: _Ratios = "0.15,0.05",
     policies: _Policies = "prefix_cache,full_reuse,cacheblend,epic,cachetune",
     tier: _Tier = "dram",
-    repeats: _Repeats = 3,
+    repeats: _Repeats = 20,
     prefill_chunk: _Piece = 8192,
     layer_group: _Group = 2,
     io_workers: _IoWorkers = 1,

@@ -89,19 +89,14 @@ def _ttft(device: str) -> dict[str, list[str]]:
         return {"ttft-tiny": [*small, *every, "--repeats", "1", "--rhos", "0.7"]}
     found: dict[str, list[str]] = {}
     for length, chunks in PROMPTS.items():
-        repeats = "20" if length == "8k" else "10"
         base = ["--device", "cuda", "--model", MODEL, "--chunks", str(chunks), *IO]
         for tier in ("device", "dram", "file"):
-            more = ["--tiers", tier, "--rhos", "", "--repeats", repeats]
-            found[f"ttft-8b-{length}-{tier}"] = [*base, *more]
+            found[f"ttft-8b-{length}-{tier}"] = [*base, "--tiers", tier, "--rhos", ""]
     eight = ["--device", "cuda", "--chunks", str(PROMPTS["8k"]), *IO]
-    found["ttft-8b-8k-cached"] = [
-        *eight, "--model", MODEL, "--tiers", "file-cached", "--rhos", "", "--repeats", "10",
-    ]  # fmt: skip
-    found["ttft-8b-8k-slower"] = [*eight, "--model", MODEL, "--tiers", "", "--repeats", "10"]
+    found["ttft-8b-8k-cached"] = [*eight, "--model", MODEL, "--tiers", "file-cached", "--rhos", ""]
+    found["ttft-8b-8k-slower"] = [*eight, "--model", MODEL, "--tiers", ""]
     for model in OTHER_MODELS:
-        more = ["--tiers", "dram", "--rhos", "", "--repeats", "10"]
-        found[f"ttft-{model}-8k"] = [*eight, "--model", model, *more]
+        found[f"ttft-{model}-8k"] = [*eight, "--model", model, "--tiers", "dram", "--rhos", ""]
     return found
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..core.plan import TunedPlan
     from ..core.workload import Workload
     from ..runtime.runner import Runner
+    from ..tuner.space import Mode
 
 N_CHUNKS = 8
 CHUNK_TOKENS = 128
@@ -36,6 +37,9 @@ _Floor = Annotated[
 ]
 _RatioMin = Annotated[
     float, typer.Option(min=0, max=1, help="Least ratio where quality is not measured.")
+]
+_Mode = Annotated[
+    str, typer.Option(help="dag: each request alone; serve: all of them, with their arrivals.")
 ]
 _Confirm = Annotated[int, typer.Option(min=0, help="Plans to measure for real; needs --model.")]
 _Model = Annotated[str | None, typer.Option(help="Folder of a Hugging Face model, or a shape.")]
@@ -70,6 +74,7 @@ def plan(
     quality: _Quality = None,
     quality_floor: _Floor = 0.95,
     ratio_min: _RatioMin = 0.15,
+    mode: _Mode = "dag",
     confirm: _Confirm = 0,
     model: _Model = None,
     repeats: _Repeats = 7,
@@ -109,6 +114,7 @@ def plan(
             quality=measured,
             quality_floor=quality_floor,
             ratio_min=ratio_min,
+            mode=_checked_mode(mode),
             runner=runner,
             n_confirm=confirm,
             n_repeats=repeats,
@@ -119,6 +125,15 @@ def plan(
     for policy, why in tuned.evidence["infeasible_policies"].items():
         note(f"infeasible: {policy}: {why}")
     _report(tuned, out)
+
+
+def _checked_mode(mode: str) -> Mode:
+    from ..core.errors import PlanError
+    from ..tuner.space import MODES
+
+    if mode not in MODES:
+        raise PlanError("--mode must be one of " + ", ".join(MODES), values=mode)
+    return mode
 
 
 def sample_workload(machine: HardwareProfile, seed: int) -> Workload:

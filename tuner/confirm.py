@@ -124,7 +124,7 @@ def confirm(
     known = [t for t in search.trials if t.origin not in SEARCHED and t not in trials]
     trials += [t for t in known if t.score.ttft_ms_mean <= limit_ms]
     skipped = tuple(_name(t) for t in known if t.score.ttft_ms_mean > limit_ms)
-    bench = Bench(runner, workload, tiers[0], n_requests)
+    bench = Bench(runner, workload, tiers[0], n_requests, search.objective.mode)
     measured = bench.interleaved([t.plan for t in trials], n_repeats, seed=seed, progress=progress)
     rows = [
         Confirmed(_name(t), t.plan, t.score.feasible, t.score.ttft_ms_mean, m, share)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import geometric_mean, median
+from statistics import fmean, geometric_mean, median
 from typing import TYPE_CHECKING
 
 from ..calibration.collect import run_once
 from ..calibration.probes import Probe
 from ..core.chunk_index import ChunkIndex
+from ..core.metrics import per_request
 from ..core.plan import ReusePlan
 from ..core.rng import rng
 from ..core.units import ns_to_ms
 from ..core.workload import Workload
 from .objective import cut, sample_requests
+from .space import Mode
 
 if TYPE_CHECKING:
     from ..runtime.runner import Runner
@@ -51,12 +53,22 @@ class Bench:
         runner: open, with that tier.
         workload: with token ids.
         tier: where every chunk lies.
-        n_requests: requests of different length that make one measurement.
+        n_requests: requests of different length that make one measurement, each alone; in mode
+            `serve` all do, with their arrivals.
     """
 
-    def __init__(self, runner: Runner, workload: Workload, tier: str, n_requests: int = 1) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        workload: Workload,
+        tier: str,
+        n_requests: int = 1,
+        mode: Mode = "dag",
+    ) -> None:
         self.runner = runner
         self.tier = tier
+        self.mode = mode
+        self.workload = workload
         self.parts = [
             cut(workload, request)
             for request, _ in sample_requests(workload, ChunkIndex(), n_requests)
@@ -66,15 +78,25 @@ class Bench:
 
     def once(self, plan: ReusePlan) -> float:
         """One measurement: mean TTFT in ms over the requests. The first of a plan also ingests."""
-        key = plan.fingerprint()
+        is_new = plan.fingerprint() not in self._ready
+        self._ready.add(plan.fingerprint())
+        if self.mode == "serve":
+            return self._serve_ms(plan, is_new)
         total = 0.0
         for part in self.parts:
             probe = Probe(plan.policy, part, plan, self.tier)
-            timeline = run_once(self.runner, probe, prepare=key not in self._ready)
+            timeline = run_once(self.runner, probe, prepare=is_new)
             self.n_runs += 1
             total += ns_to_ms(timeline.makespan_ns)
-        self._ready.add(key)
         return total / len(self.parts)
+
+    def _serve_ms(self, plan: ReusePlan, is_new: bool) -> float:
+        if is_new:
+            self.runner.prepare(self.workload, plan, self.tier)
+        index = self.runner.index(plan, self.tier)
+        timeline = self.runner.serve(self.workload, plan, index).timeline
+        self.n_runs += 1
+        return fmean(m.ttft_ms for m in per_request(timeline, self.workload))
 
     def interleaved(
         self,

@@ -27,6 +27,7 @@ from ..core.units import ns_to_ms
 from ..core.warm_index import warm_index
 from ..core.workload import Request, Workload
 from ..simulator.executor import SimExecutor
+from .baselines import token_times
 from .space import POLICIES, Bounds, Mode
 
 KV_BLOCKS = (1 << 17) // 16
@@ -165,7 +166,11 @@ class Objective:
             selectors=self.rule.selectors(),
             ratio_min=self.rule.ratio_min if self.rule.profile is None else 0.0,
             mode=self.mode,
+            rhos=self._rhos() if self.mode == "serve" else {},
         )
+
+    def _rhos(self) -> dict[str, float]:
+        return {t: token_times(self.profile, self.workload, t).rho for t in self.tiers}
 
     def score(self, plan: ReusePlan) -> Score:
         """Simulated TTFT and feasibility; a plan that lowers to ops seen before is not run."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..core.layout import GROUP_TOKENS
 from ..core.plan import RatioRule, ReusePlan
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import optuna
 
 Mode = Literal["dag", "serve"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 Params = dict[str, Any]
 RATIO_DIGITS = 3
 """Ratios are rounded to this: a finer step moves less than one token of a usual chunk."""
@@ -41,7 +42,7 @@ class Knob:
     bound: str = ""
     per_tier: bool = False
     """One parameter for each tier that holds chunks, called `name.tier`."""
-    modes: tuple[Mode, ...] = ("dag", "serve")
+    modes: tuple[Mode, ...] = MODES
 
 
 KNOBS: tuple[Knob, ...] = (
@@ -59,6 +60,10 @@ KNOBS: tuple[Knob, ...] = (
     Knob(
         "load_exact", "choice", "loading an exact chunk may cost more than computing it",
         (True, False), per_tier=True,
+    ),
+    Knob(
+        "load_what_pays", "choice", "a slow tier's loads may hold up prompts that wait",
+        (False, True), per_tier=True, modes=("serve",),
     ),
     Knob("epic_tokens", "int", "EPIC's own ratio: tokens of each chunk's start", low=1, high=256,
          log=True, bound="chunk_tokens"),
@@ -91,6 +96,8 @@ class Bounds:
     selectors: tuple[str, ...] = ("low_pass",)
     ratio_min: float = 0.0
     mode: Mode = "dag"
+    rhos: Mapping[str, float] = field(default_factory=dict)
+    """By tier: seconds to load a token over seconds to compute it (`RatioRule.rho`)."""
 
 
 def dimensions(bounds: Bounds) -> Iterator[tuple[str, Knob]]:
@@ -148,7 +155,10 @@ def params_with(bounds: Bounds, **changes: Any) -> Params:
     Values outside the bounds are moved to the nearest limit.
     """
     plain = ReusePlan()
-    defaults: Params = {"n_bands": 1, "ratio": 0.15, "second_band": 1.0, "load_exact": True}
+    defaults: Params = {
+        "n_bands": 1, "ratio": 0.15, "second_band": 1.0, "load_exact": True,
+        "load_what_pays": False,
+    }  # fmt: skip
     params: Params = {}
     for name, knob in dimensions(bounds):
         value = changes.get(knob.name, defaults.get(knob.name, getattr(plain, knob.name, None)))
@@ -239,7 +249,9 @@ def _rule(params: Mapping[str, Any], policy: str, tier: str, bounds: Bounds) -> 
         if policy == "cacheblend":  # one check layer, one count for all layers behind it
             ratios = ratios[:1]
     load_exact = policy != "full_recompute" and params[f"load_exact.{tier}"]
-    return RatioRule(tier=tier, ratios=ratios, load_exact=load_exact)
+    rho = bounds.rhos.get(tier, 0.0)
+    limited = policy != "full_recompute" and rho > 1 and params[f"load_what_pays.{tier}"]
+    return RatioRule(tier=tier, ratios=ratios, load_exact=load_exact, rho=rho if limited else None)
 
 
 def _ratios(params: Mapping[str, Any], tier: str, bounds: Bounds) -> tuple[float, ...]:

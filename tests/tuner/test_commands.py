@@ -42,6 +42,11 @@ def test_tune_writes_a_plan(files: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "quality: unknown" in captured.err
 
 
+def test_tune_under_load(files: Path) -> None:
+    assert status_of(*tune_args(files, "--tier", "slow", "--mode", "serve")) == 0
+    assert TunedPlan.read(files / "plan.json").evidence["mode"] == "serve"
+
+
 def test_tune_for_two_tiers_gives_a_ratio_each(files: Path) -> None:
     assert status_of(*tune_args(files, "--tier", "fast,slow")) == 0
     plan = TunedPlan.read(files / "plan.json").plan
@@ -54,6 +59,7 @@ def test_tune_for_two_tiers_gives_a_ratio_each(files: Path) -> None:
         (("--tier", "tape"), "tier must be one of"),
         (("--tier", "fast", "--confirm", 3), "token ids"),
         (("--tier", "fast", "--quality-floor", 2), "quality-floor"),
+        (("--tier", "fast", "--mode", "live"), "dag, serve"),
         (("--tier", "fast", "--quality", "missing.json"), "readable"),
     ],
 )

@@ -294,3 +294,11 @@ def test_plans_are_measured_interleaved(runner: Runner, work: Workload) -> None:
     assert [len(m.ttft_ms) for m in found] == [2, 2, 2]
     assert bench.n_runs == 3 * (2 + 1)
     assert all(m.median > 0 for m in found)
+
+
+def test_plans_are_measured_under_load(runner: Runner, work: Workload) -> None:
+    """Mode `serve`: one measurement serves every request."""
+    bench = Bench(runner, work, "dram", mode="serve")
+    found = bench.interleaved([plan_of(0.2), plan_of(0.9)], 2)
+    assert bench.n_runs == 2 * (2 + 1)
+    assert all(m.median > 0 for m in found)

@@ -11,7 +11,8 @@ from cachetune.core.quality import QualityProfile, QualityRow
 from cachetune.core.workload import Workload
 from cachetune.tuner.baselines import baselines, roofline_ratio, token_times
 from cachetune.tuner.objective import Objective
-from cachetune.tuner.space import plan_of
+from cachetune.tuner.space import params_with, plan_of
+from support import make_workload
 
 TOKEN_S = 1e-4
 
@@ -131,6 +132,21 @@ def test_serve_mode_queues(profile: HardwareProfile, workload: Workload) -> None
     assert together.score(full).ttft_ms_mean > 1.3 * alone.score(full).ttft_ms_mean
     assert together.score(full).n_runs == 2
     assert together.bounds().mode == "serve"
+
+
+def test_under_load_a_slow_tier_is_used_for_what_pays(profile: HardwareProfile) -> None:
+    """A knob of mode `serve`: with it prompts do not wait behind loads that end too late."""
+    burst = make_workload([("a", "b", "c", "d"), ("d", "a", "c", "b")] * 3, chunk_tokens=256)
+    objective = Objective(profile, burst, "slow", noise=0.0, mode="serve")
+    bounds = objective.bounds()
+    assert bounds.rhos["slow"] == pytest.approx(25, rel=0.1)
+    ttft_ms = {
+        pays: objective.score(
+            plan_of(params_with(bounds, ratio=0.2, load_what_pays=pays), bounds)
+        ).ttft_ms_mean
+        for pays in (False, True)
+    }
+    assert ttft_ms[True] < 0.5 * ttft_ms[False]
 
 
 def test_bad_arguments(profile: HardwareProfile, workload: Workload) -> None:

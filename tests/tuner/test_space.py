@@ -115,6 +115,18 @@ def test_serving_knobs_are_searched_in_mode_serve_only() -> None:
     assert {"prefill_chunk_tokens", "max_num_seqs"} <= only
 
 
+def test_loads_are_limited_where_the_tier_is_slower_than_computing() -> None:
+    bounds = Bounds(
+        tiers=("dram", "disk"), n_layers=8, chunk_tokens=64, mode="serve",
+        rhos={"dram": 0.2, "disk": 7.0},
+    )  # fmt: skip
+    params = params_with(bounds, load_what_pays=True)
+    plan = plan_of(params, bounds)
+    assert plan.rule("disk", 10).rho == 7.0 and plan.rule("dram", 10).rho is None
+    assert all(r.rho is None for r in plan_of(params_with(bounds), bounds).rules)
+    assert all(r.rho is None for r in plan_of({**params, "policy": "full_recompute"}, bounds).rules)
+
+
 def test_rules_hold_for_unnamed_tiers() -> None:
     plan = plan_of(params_with(BOUNDS, ratio=0.3), BOUNDS)
     assert plan.rule("elsewhere", 10) == RatioRule(tier="*", ratios=(0.3,))
