@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ class HoldOut:
     held_out: str
     n_rows: int
     error_mean: float
-    error_median: float
+    error_median: float | None
     form_error_mean: float | None
     """The same without the learned residual."""
     coverage: float
@@ -91,6 +91,28 @@ def whole_gpus(tables: list[KernelTable]) -> Iterator[HoldOut]:
                 bound=None,
                 n_impossible=0,
             )
+
+
+def together(found: Iterable[HoldOut]) -> Iterator[HoldOut]:
+    """All held-out rows of all GPUs and dtypes as one set, per first word of the kind."""
+    for family, bound in BOUNDS.items():
+        parts = [r for r in found if r.held_out == "rows" and r.kind.split(".")[0] == family]
+        if not parts:
+            continue
+        n_rows = sum(r.n_rows for r in parts)
+        form_errors = [r.form_error_mean * r.n_rows for r in parts if r.form_error_mean is not None]
+        yield HoldOut(
+            gpu="all",
+            kind=family,
+            held_out="rows",
+            n_rows=n_rows,
+            error_mean=sum(r.error_mean * r.n_rows for r in parts) / n_rows,
+            error_median=None,
+            form_error_mean=sum(form_errors) / n_rows,
+            coverage=sum(r.coverage * r.n_rows for r in parts) / n_rows,
+            bound=bound,
+            n_impossible=sum(r.n_impossible for r in parts),
+        )
 
 
 def llama_8b_shapes() -> set[str]:

@@ -21,7 +21,7 @@ def validate_tables(data: Path, out: Path | None, gpus: tuple[str, ...] = ()) ->
     """
     from dataclasses import asdict
 
-    from ..calibration.kernel_holdout import hold_outs, whole_gpus
+    from ..calibration.kernel_holdout import hold_outs, together, whole_gpus
     from ..calibration.kernel_tables import read_tables
     from ..core.record import check_writable, write_atomic
     from ..runtime.machine import provenance_here
@@ -30,7 +30,8 @@ def validate_tables(data: Path, out: Path | None, gpus: tuple[str, ...] = ()) ->
     check_writable(out)
     tables = read_tables(data)
     chosen = [t for t in tables if not gpus or t.gpu in gpus]
-    found = [*hold_outs(chosen, SEED, note), *(r for r in whole_gpus(tables))]
+    parts = [*hold_outs(chosen, SEED, note)]
+    found = [*parts, *together(parts), *whole_gpus(tables)]
     rows = [{**asdict(r), "passed": r.passed} for r in found]
     columns = ["gpu", "kind", "held_out", "n_rows", "error_mean", "error_median", "bound"]
     print_table(rows, [*columns, "coverage", "form_error_mean"], "kernel times, held out")

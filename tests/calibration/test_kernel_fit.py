@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cachetune.calibration.kernel_fit import apply, fit_form, fit_kernel, hold_out, residual_of
+from cachetune.calibration.kernel_holdout import HoldOut, together
 from cachetune.calibration.kernel_tables import read_tables, sim_attention
 from cachetune.core.errors import CacheTuneError
 
@@ -51,3 +52,16 @@ def test_a_malformed_row_is_one_line_with_file_row_and_field(
 def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheTuneError, match="measured kernel tables"):
         read_tables(tmp_path)
+
+
+def test_all_held_out_rows_make_one_set() -> None:
+    """Rows are weighted alike whichever table they are of; other hold-outs do not count."""
+
+    def part(kind: str, n_rows: int, error: float, held_out: str = "rows") -> HoldOut:
+        return HoldOut("X", kind, held_out, n_rows, error, error, 2 * error, 0.9, 0.04, 1)
+
+    found = [part("gemm.fp8", 300, 0.02), part("gemm.bfloat16", 100, 0.06)]
+    (row,) = together([*found, part("gemm.fp8", 50, 0.5, "shapes")])
+    assert (row.gpu, row.kind, row.n_rows, row.n_impossible) == ("all", "gemm", 400, 2)
+    assert row.error_mean == pytest.approx(0.03) and row.form_error_mean == pytest.approx(0.06)
+    assert row.passed and row.coverage == pytest.approx(0.9)
