@@ -1,6 +1,8 @@
 """The closed loop on both executors: live arrivals and batching, distributions compared.
 
 Timing changes batching, so single requests may differ; only distributions are held together.
+Predictions are made before the requests are served: by the profile as it was calibrated, and at the
+speed that the machine had in the probes just before (`speed.py`).
 """
 
 from __future__ import annotations
@@ -83,22 +85,34 @@ def capacity_rps(
 def compare_at(
     runner: Runner,
     profile: HardwareProfile,
+    now: HardwareProfile,
     load: Load,
     plan: ReusePlan,
     tier: str,
     rate_rps: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The same traffic on both; the simulation is done first."""
+    """The same traffic on both; the simulations are done first.
+
+    Args:
+        profile: as it was calibrated.
+        now: the same at the machine's present speed.
+    """
     workload = traffic(load, rate_rps, profile.model.vocab_size, seed)
     runner.prepare(workload, plan, tier)
     index = runner.index(plan, tier)
-    predicted = summary(simulated(profile, workload, plan, index, runner.n_kv_blocks), workload)
+    first, predicted = (
+        summary(simulated(p, workload, plan, index, runner.n_kv_blocks), workload)
+        for p in (profile, now)
+    )
     measured = summary(runner.serve(workload, plan, index).timeline, workload)
+    kept = [k for k in COMPARED if measured[k]]
     return {
         "rate_rps": rate_rps,
         "n_requests": load.n_requests,
+        "as_calibrated": {k: first[k] for k in COMPARED},
         "predicted": {k: predicted[k] for k in COMPARED},
         "measured": {k: measured[k] for k in COMPARED},
-        "error": {k: predicted[k] / measured[k] - 1 for k in COMPARED if measured[k]},
+        "error_as_calibrated": {k: first[k] / measured[k] - 1 for k in kept},
+        "error": {k: predicted[k] / measured[k] - 1 for k in kept},
     }

@@ -20,10 +20,10 @@ from ..core.hardware import HardwareProfile
 from ..core.ops import OpKind
 from ..core.timeline import Timeline
 from .align import ms_by_kind, simulate_schedule
-from .calibrate import PROBED_RHO, open_runner
+from .calibrate import open_runner
 from .collect import run_once, ttft_ms
-from .probes import Library, Probe, held_out, ladder
-from .speed import Speed
+from .probes import Library, Probe, held_out
+from .speed import Speed, known_probes
 
 if TYPE_CHECKING:
     from ..runtime.loaded_model import LoadedModel
@@ -95,8 +95,6 @@ def check(
     library = Library(profile.model, seed)
     rhos = {name: profile.tier(name).rho for name in tiers or profile.tiers}
     probes = held_out(library, rhos, max_tokens, n_schedules, seed)
-    fast = [n for n, t in profile.tiers.items() if t.rho is None or t.rho < PROBED_RHO]
-    known = ladder(Library(profile.model, profile.provenance.seed), fast, max_tokens)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
         open_runner(profile, loaded, folder) as runner,
@@ -105,7 +103,7 @@ def check(
         tell = on_predicted or (lambda prediction: None)
         for one in held:
             tell(one.as_calibrated())
-        speed = Speed(profile, runner, known, progress)
+        speed = Speed(profile, runner, known_probes(profile, max_tokens), progress)
         factors: dict[OpKind, list[float]] = {}
         for turn in range(n_repeats + 1):
             for i, one in enumerate(held):

@@ -15,11 +15,18 @@ from typing import TYPE_CHECKING
 from ..core.hardware import HardwareProfile
 from ..core.ops import OpKind, Schedule
 from .align import ALIGNED, medians, ms_by_kind, scaled, simulate_schedule
+from .calibrate import PROBED_RHO
 from .collect import Measured, run_once
-from .probes import Probe
+from .probes import Library, Probe, ladder
 
 if TYPE_CHECKING:
     from ..runtime.runner import Runner
+
+
+def known_probes(profile: HardwareProfile, max_tokens: int) -> list[Probe]:
+    """The probes that calibrated a profile with prompts of up to `max_tokens`."""
+    fast = [n for n, t in profile.tiers.items() if t.rho is None or t.rho < PROBED_RHO]
+    return ladder(Library(profile.model, profile.provenance.seed), fast, max_tokens)
 
 
 class Speed:
@@ -56,6 +63,11 @@ class Speed:
         for i in range(len(self._probes)):
             self.step()
             tell("speed", len(self._probes) + i + 1, 2 * len(self._probes))
+
+    def round(self) -> None:
+        """Run every probe once."""
+        for _ in self._probes:
+            self.step()
 
     def step(self) -> None:
         """Run the next probe."""

@@ -15,6 +15,7 @@ _Tier = Annotated[str, typer.Option(help="Where the chunks lie.")]
 _Requests = Annotated[int, typer.Option(min=20, help="Requests at each rate.")]
 _Ratio = Annotated[float, typer.Option(min=0, max=1, help="Recompute ratio of the plan.")]
 _Out = Annotated[Path, typer.Option(help="Where the result is written.")]
+_MaxTokens = Annotated[int, typer.Option(min=32, help="Longest probe that made the profile.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 
 UTILISATIONS = (0.3, 0.6, 0.9)
@@ -26,6 +27,7 @@ def command(
     tier: _Tier = "rho0.7",
     requests: _Requests = 200,
     ratio: _Ratio = 0.3,
+    max_tokens: _MaxTokens = 1024,
     out: _Out = Path("results/cpu/serve.json"),
     seed: _Seed = 0,
 ) -> None:
@@ -33,6 +35,7 @@ def command(
     from ..calibration.calibrate import Settings, calibrate, open_runner
     from ..calibration.closed_loop import Load, capacity_rps, compare_at
     from ..calibration.probes import plan_with
+    from ..calibration.speed import Speed, known_probes
     from ..core.hardware import HardwareProfile
     from ..core.record import check_writable, write_atomic
     from ..runtime.loaded_model import load_model
@@ -46,16 +49,19 @@ def command(
     rows: list[dict[str, Any]] = []
     with progress_bar() as tell:
         if not profile.exists():
-            calibrate(loaded, Settings(seed=seed), tell).write(profile)
+            calibrate(loaded, Settings(max_tokens, seed=seed), tell).write(profile)
         machine = HardwareProfile.read(profile)
         with (
             tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
             open_runner(machine, loaded, folder) as runner,
         ):
             capacity = capacity_rps(machine, load, plan, runner, tier)
+            speed = Speed(machine, runner, known_probes(machine, max_tokens), tell)
             for i, share in enumerate(UTILISATIONS):
-                row = compare_at(runner, machine, load, plan, tier, share * capacity, seed)
-                rows.append({"utilisation": share, **row})
+                speed.round()
+                rate = share * capacity
+                row = compare_at(runner, machine, speed.now(), load, plan, tier, rate, seed)
+                rows.append({"utilisation": share, "slower": speed.factors(), **row})
                 tell("utilisations", i + 1, len(UTILISATIONS))
     result = {
         "provenance": provenance_here(seed).model_dump(mode="json"),
@@ -78,6 +84,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         {
             "utilisation": row["utilisation"],
             "metric": metric,
+            "as_calibrated": row["as_calibrated"][metric],
             "predicted": row["predicted"][metric],
             "measured": row["measured"][metric],
             "error": round(error, 4),
@@ -85,5 +92,5 @@ def _print(rows: list[dict[str, Any]]) -> None:
         for row in rows
         for metric, error in row["error"].items()
     ]
-    columns = ["utilisation", "metric", "predicted", "measured", "error"]
+    columns = ["utilisation", "metric", "as_calibrated", "predicted", "measured", "error"]
     print_table(table, columns, "closed loop: simulated against real")
