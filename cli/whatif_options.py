@@ -117,7 +117,7 @@ def candidates(
             catalogue,
             gpu,
             n_gpus=count[0] * count[1],
-            dram_limit_bytes=None if dram_gib is None else int(dram_gib * GIB),
+            dram_limit_bytes=None if dram_gib is None else _bytes(dram_gib),
             disk=None if disk == "none" else disk,
             network=None if network == "none" else network,
         )
@@ -138,7 +138,11 @@ def candidates(
             key = candidate.fingerprint()
         found.setdefault(key, candidate)
     if not found:
-        raise CacheTuneError("a question needs a candidate", remedy="name a GPU and a policy")
+        raise CacheTuneError(
+            "a question needs a candidate",
+            values="an empty list",
+            remedy="name at least one of each; none stands for no disk, no network",
+        )
     return list(found.values())
 
 
@@ -162,6 +166,12 @@ def made(kind: type[Made], fields: dict[str, Any], what: str) -> Made:
     except ValidationError as e:
         text, got = first_problem(e)
         raise CacheTuneError(f"{what}: {text}", values=got, remedy="correct the option") from None
+
+
+def _bytes(gib: float) -> int:
+    if not 0 < gib < 1e9:
+        raise CacheTuneError("DRAM must be above zero, GiB", values=f"{gib:g}")
+    return int(gib * GIB)
 
 
 def _count(text: str, what: str) -> int:

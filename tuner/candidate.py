@@ -85,6 +85,16 @@ class Candidate(Record):
                 "weights must be bfloat16 or fp8 and KV in GPU memory bfloat16, the kernels that "
                 f"were measured, got {self.engine.weights} and {self.engine.kv}"
             )
+        batch, n_seqs = self.engine.max_num_batched_tokens, self.engine.max_num_seqs
+        if batch < n_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must not be below max_num_seqs, got {batch} < {n_seqs}"
+            )
+        if self.reuses and self.machine.dram_bytes <= HOST_BYTES:
+            raise ValueError(
+                f"DRAM must be above the {HOST_BYTES >> 30} GiB of the host that are not for KV, "
+                f"got {self.machine.dram_bytes / GIB:g} GiB"
+            )
         if self.machine.n_gpus % self.stages:
             raise ValueError(
                 "stages must have equally many GPUs, got "
@@ -141,12 +151,18 @@ class Candidate(Record):
         return Stage(**{**model.model_dump(), "name": name, "n_layers": layers})
 
     def check_fits(self, model: ModelSpec, catalogue: Catalogue, n_tokens: int) -> None:
-        """Whether GPU memory holds the model and KV for `n_tokens`.
+        """Whether the model has `n_tokens` positions, and GPU memory holds it and their KV.
 
         Raises:
             CapacityError: by how much not, and what would: other weights, GPUs, stages.
-            ModelError: more stages than layers.
+            ModelError: more stages than layers, too short a context.
         """
+        if n_tokens > model.max_position:
+            raise ModelError(
+                f"requests must fit in the {model.max_position} positions of the model",
+                values=f"{n_tokens} tokens",
+                remedy="use a model with a longer context, or shorter prompts",
+            )
         if self.stages > model.n_layers:
             raise ModelError(
                 "every pipeline stage must have a layer",
@@ -263,7 +279,7 @@ def tiers_of(machine: MachineSpec, eviction: TierEviction = "lru") -> tuple[Tier
     tiers = [
         TierSpec(
             name="dram",
-            capacity_bytes=max(GIB, machine.dram_bytes - HOST_BYTES),
+            capacity_bytes=machine.dram_bytes - HOST_BYTES,
             read_bytes_per_s=dram_rate,
             write_bytes_per_s=min(dram_rate, link.d2h_bytes_per_s.value * n),
             latency_s=link.copy_overhead_s.value,

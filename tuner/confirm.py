@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 N_FINALISTS = 3
 
 NOISY = 0.05
-"""Spread of the finalists above which the second round is longer, up to `FINAL_S` seconds."""
+"""Spread of the finalists above which the second round is longer, up to `FINAL_S` seconds; not in
+mode `serve`, where every measurement lasts as long as the requests' arrivals."""
 
 FINAL_S = 15.0
 
@@ -173,7 +174,8 @@ def _final_round(bench: Bench, rows: list[Confirmed], n_repeats: int, seed: int)
     feasible = [i for i, r in enumerate(rows) if r.feasible]
     finalists = sorted(feasible, key=lambda i: rows[i].share)[:N_FINALISTS]
     n_final = 2 * n_repeats
-    if median(rows[i].measured.spread for i in finalists) > NOISY:
+    noisy = median(rows[i].measured.spread for i in finalists) > NOISY
+    if noisy and bench.mode == "dag":
         turn_s = sum(rows[i].measured.median for i in finalists) / 1e3
         n_final = int(min(max(FINAL_S / turn_s, 2 * n_final), 4 * n_final))
     again = bench.interleaved([rows[i].plan for i in finalists], n_final, seed=seed + 1)

@@ -42,7 +42,7 @@ class Change:
             CacheTuneError: a value that the knob cannot have; unknown names with the nearest.
         """
         if self.knob == "shared":
-            traffic = question.traffic.replace(shared=_number(self))
+            traffic = _replaced(question.traffic, self, shared=_number(self))
             return question.replace(traffic=traffic), candidate
         machine = candidate.machine
         if self.knob in ("policy", "stored", "eviction"):
@@ -53,10 +53,8 @@ class Change:
             engine = _replaced(candidate.engine, self, weights=self.value)
             candidate = _replaced(candidate, self, engine=engine)
         elif self.knob == "dram_gib":
-            n_bytes = int(_number(self) * GIB)
-            candidate = candidate.replace(
-                machine=_replaced(machine, self, dram_limit_bytes=n_bytes)
-            )
+            changed = _replaced(machine, self, dram_limit_bytes=_bytes(self))
+            candidate = _replaced(candidate, self, machine=changed)
         elif self.knob == "n_gpus":
             n_gpus = candidate.stages * _count(self)
             changed = _replaced(machine, self, n_gpus=n_gpus)
@@ -72,7 +70,8 @@ class Change:
             candidate = candidate.replace(machine=machine.replace(gpu=row, link=link, dram=dram))
         else:
             part = None if self.value == "none" else getattr(catalogue, self.knob)(self.value)
-            candidate = candidate.replace(machine=_replaced(machine, self, **{self.knob: part}))
+            changed = _replaced(machine, self, **{self.knob: part})
+            candidate = _replaced(candidate, self, machine=changed)
         return question, candidate
 
 
@@ -153,6 +152,13 @@ def _number(change: Change) -> float:
         return float(change.value)
     except ValueError:
         raise CacheTuneError(f"{change.knob} must be a number", values=repr(change.value)) from None
+
+
+def _bytes(change: Change) -> int:
+    number = _number(change)
+    if not 0 < number < 1e9:
+        raise CacheTuneError(f"{change.knob} must be above zero", values=repr(change.value))
+    return int(number * GIB)
 
 
 def _count(change: Change) -> int:

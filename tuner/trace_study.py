@@ -18,7 +18,7 @@ from pydantic import Field
 from ..core.catalogue import load_catalogue
 from ..core.errors import CacheTuneError
 from ..core.machine_spec import compose
-from ..core.memory_sum import EngineMemory, check_fits
+from ..core.memory_sum import EngineMemory
 from ..core.model_spec import ModelSpec
 from ..core.record import Record
 from ..core.units import GIB
@@ -114,20 +114,20 @@ def simulate(task: Mapping[str, Any]) -> dict[str, Any]:
     p = task["params"]
     try:
         candidate = _candidate(p)
-        args = (candidate.machine.gpu, candidate.machine.n_gpus, candidate.engine)
         table = question.traffic.table(question.n_requests, question.rate_rps, question.seed)
-        longest = int((table.prompt_tokens + table.output_tokens).max())
-        check_fits(question.model, *args, load_catalogue(), longest)
+        longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
+        candidate.check_fits(question.model, load_catalogue(), longest)
+        usd_per_h = candidate.machine.usd_per_h * p["n_replicas"]
+        fleet = candidate.fleet(question.model, question.slo, p["n_replicas"])
+        cost = candidate.cost(question.model)
     except CacheTuneError as e:
         return {"why_not": str(e)}
-    fleet = candidate.fleet(question.model, question.slo, p["n_replicas"])
-    cost = candidate.cost(question.model)
     summary = serve_trace(table, fleet, cost, seed=question.seed).summary()
     keep = ("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p99", "good_share", "tier_hit_rate")
     return {
         "why_not": "",
         "fingerprint": candidate.fingerprint(),
-        "usd_per_h": candidate.machine.usd_per_h * p["n_replicas"],
+        "usd_per_h": usd_per_h,
         **{name: summary[name] for name in keep},
     }
 

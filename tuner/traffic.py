@@ -100,6 +100,11 @@ class Traffic(Record):
             return None
         return _rows(base, n_requests, len(base))
 
+    def longest(self, n_requests: int, seed: int) -> int:
+        """Tokens of the longest prompt with its answer: of `n_requests`, or in all of a trace."""
+        table = self._recorded if self.is_trace else self.table(n_requests, 1.0, seed)
+        return int((table.prompt_tokens.astype(np.int64) + table.output_tokens).max())
+
     @property
     def is_trace(self) -> bool:
         """Whether this is a file."""

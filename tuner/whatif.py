@@ -94,14 +94,7 @@ def _kernels(gpu: GpuRow) -> str:
 
 
 def _check(question: Question, candidate: Candidate) -> None:
-    table = question.traffic.table(question.runs.min_requests, 1.0, question.seeds[0])
-    longest = int((table.prompt_tokens + table.output_tokens).max())
-    if longest > question.model.max_position:
-        raise CacheTuneError(
-            f"requests must fit in the {question.model.max_position} positions of the model",
-            values=f"{longest} tokens",
-            remedy="use a model with a longer context, or shorter prompts",
-        )
+    longest = question.traffic.longest(question.runs.min_requests, question.seeds[0])
     candidate.check_fits(question.model, load_catalogue(), longest)
 
 

@@ -20,6 +20,7 @@ class Contrary:
     """A machine on which the compute stream restores for nothing: the simulator cannot know."""
 
     interleaved = Bench.interleaved
+    mode = "dag"
     objective: Objective
     seen: set[str]
 
