@@ -52,7 +52,7 @@ build/bench/%: $(READY)
 	@mkdir -p $(@D) && touch $@
 
 gpu:  ## correctness, benchmarks and the loop on a CUDA device, no set-up; without one a dry run
-	PYTHONPATH=.typing $(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m cachetune bench gpu $(ARGS)
+	PYTHONPATH=.typing$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m cachetune bench gpu $(ARGS)
 
 clean:  ## remove what the other verbs made
 	rm -rf .venv build dist cachetune.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

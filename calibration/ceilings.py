@@ -164,8 +164,9 @@ def host_link(device: str, size: Sizes) -> list[Ceiling]:
     from ..kernels.stopwatch import seconds_of
 
     n = size.copy_bytes
-    host = [torch.randint(0, 255, (n,), dtype=torch.uint8).pin_memory() for _ in range(2)]
-    here = [torch.zeros(n, dtype=torch.uint8, device=device) for _ in range(2)]
+    # Drawn there: a core takes seconds for a GiB of random bytes.
+    here = [torch.randint(0, 255, (n,), dtype=torch.uint8, device=device) for _ in range(2)]
+    host = [torch.empty(n, dtype=torch.uint8, pin_memory=True).copy_(x) for x in here]
     side = torch.cuda.Stream()
 
     def down() -> None:

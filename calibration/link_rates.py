@@ -58,7 +58,8 @@ def host_to_device(total_bytes: int = TOTAL_BYTES) -> list[Pieces]:
     from ..kernels.gather_host import gather_host
     from ..kernels.stopwatch import seconds_of
 
-    source = torch.randint(0, 255, (2 * total_bytes,), dtype=torch.uint8).pin_memory()
+    drawn = torch.randint(0, 255, (2 * total_bytes,), dtype=torch.uint8, device="cuda")
+    source = torch.empty(2 * total_bytes, dtype=torch.uint8, pin_memory=True).copy_(drawn)
     out = torch.zeros(total_bytes, dtype=torch.uint8, device="cuda")
     found = []
     for size in PIECE_BYTES:

@@ -9,17 +9,28 @@ import typer
 
 _Step = Annotated[str, typer.Option(help="Steps to run, by comma, also by their beginning; all.")]
 _Fresh = Annotated[bool, typer.Option("--fresh", help="Run again what has been done.")]
+_Within = Annotated[float, typer.Option(min=0, help="Seconds for this call; 0 for no limit.")]
 _List = Annotated[bool, typer.Option("--list", help="Only list the steps.")]
 
 
-def command(step: _Step = "", fresh: _Fresh = False, only_list: _List = False) -> None:
-    """Correctness, limits, benchmarks and the whole loop on the GPU; a dry run without one."""
+def command(
+    step: _Step = "", fresh: _Fresh = False, only_list: _List = False, within_s: _Within = 0.0
+) -> None:
+    """Correctness, limits, benchmarks and the whole loop on the GPU; a dry run without one.
+
+    With --within-s, what is not done in that time is left to the next call.
+    """
+    import math
+    import time
+
     from ..core.record import write_atomic
     from .bench_machine import pick_device, provenance, results_folder
     from .console import note, print_json_line, print_table, warn
     from .gpu_suite import (
         DRY_RUN,
         FIRST,
+        LEAST_S,
+        LIMIT_S,
         STAMPS,
         Stamps,
         chosen,
@@ -36,6 +47,7 @@ def command(step: _Step = "", fresh: _Fresh = False, only_list: _List = False) -
     wanted = chosen(every, step)
     stamps = Stamps(STAMPS / folder.name)
     rows: list[dict[str, Any]] = []
+    stop_s = time.monotonic() + (within_s or math.inf)
     for i, one in enumerate(wanted):
         done = stamps.read(one)
         if only_list or (done is not None and not fresh):
@@ -43,8 +55,15 @@ def command(step: _Step = "", fresh: _Fresh = False, only_list: _List = False) -
             seconds = done["seconds"] if done is not None else None
             rows.append({"step": one.name, "status": status, "seconds": seconds})
             continue
+        left_s = stop_s - time.monotonic()
+        if left_s < LEAST_S:
+            rows.append({"step": one.name, "status": "to do", "seconds": None})
+            continue
         note(f"step {i + 1} of {len(wanted)}, {one.name}: python -m {' '.join(one.argv)}")
-        status, seconds = run_step(one, stamps.log(one))
+        status, seconds = run_step(one, stamps.log(one), min(left_s, LIMIT_S))
+        if status.startswith("over") and left_s < LIMIT_S:
+            rows.append({"step": one.name, "status": "to do", "seconds": seconds})
+            continue
         if one.name == FIRST and status == "ok" and device == "cuda":
             status = proves_nothing(stamps.log(one)) or status
         rows.append(stamps.write(one, status, seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,3 +25,8 @@ First = Annotated[int | None, typer.Option(help="At most so many requests.")]
 Scale = Annotated[float, typer.Option(help="What if requests came so many times as often?")]
 Ids = Annotated[str, typer.Option(help="Block hashes name the prefix, or the content alone.")]
 DropEmpty = Annotated[bool, typer.Option(help="Leave out a trace's requests without output.")]
+DramGib = Annotated[float | None, typer.Option(help="DRAM of the host, GiB; default of the row.")]
+Batch = Annotated[int, typer.Option(min=1, help="max_num_batched_tokens of the engine.")]
+Seqs = Annotated[int, typer.Option(min=1, help="max_num_seqs of the engine.")]
+Memory = Annotated[float, typer.Option(help="gpu_memory_utilization of the engine.")]
+Own = Annotated[Path | None, typer.Option(help="JSON laid over the shipped catalogue.")]

@@ -12,6 +12,8 @@ from . import fleet_options as options
 
 if TYPE_CHECKING:
     from ..core.request_table import RequestTable
+    from ..core.step_cost import StepCost
+    from ..simulator.serving_fleet import Fleet
     from ..simulator.serving_result import ServingResult
     from ..tuner.candidate import Candidate
 
@@ -30,7 +32,15 @@ _Network = Annotated[str, typer.Option(help="A network to a store that replicas 
 _Policy = Annotated[str, typer.Option(help="Which tokens of a known chunk are recomputed.")]
 _Format = Annotated[str, typer.Option(help="Of stored chunks: bf16, int8, int4, int2.")]
 _Eviction = Annotated[str, typer.Option(help="lru, lfu, cost, belady.")]
+_Weights = Annotated[str, typer.Option(help="bfloat16 or fp8.")]
 _Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms=: what counts as good.")]
+_Levels = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Of a class: NAME:ttft_ms=,tpot_ms=; --slo holds for the others. Repeatable."
+    ),
+]
+_Priority = Annotated[str, typer.Option(help="Classes that are admitted first, by commas.")]
 _Life = Annotated[int | None, typer.Option(help="A row whose life is written to --trace.")]
 _Trace = Annotated[Path, typer.Option(help="With --life: the Chrome trace.")]
 _Out = Annotated[Path | None, typer.Option(help="One row per request, CSV.")]
@@ -53,7 +63,15 @@ def command(
     format: _Format = "bf16",
     ratio: options.Ratio = 0.15,
     eviction: _Eviction = "lru",
+    weights: _Weights = "bfloat16",
+    dram_gib: options.DramGib = None,
+    max_num_batched_tokens: options.Batch = 8192,
+    max_num_seqs: options.Seqs = 256,
+    gpu_memory_utilization: options.Memory = 0.9,
+    catalogue: options.Own = None,
     slo: _Slo = "ttft_ms=1000,tpot_ms=50",
+    class_slo: _Levels = None,
+    priority: _Priority = "",
     first: options.First = None,
     scale_rate: options.Scale = 1.0,
     ids: options.Ids = "prefix",
@@ -67,32 +85,67 @@ def command(
     seed: _Seed = 0,
 ) -> None:
     """Predict every request's TTFT, TPOT and loads on a fleet from the catalogue."""
-    from time import process_time
-
     from ..core.catalogue import load_catalogue
     from ..core.model_presets import model_of
     from ..core.record import check_writable
     from ..core.workload import Slo
-    from ..simulator.serving import serve_trace
-    from .console import progress_bar
-    from .replay_snapshot import check_one_replica, read_warm
+    from .replay_snapshot import check_one_replica
     from .whatif_options import candidates, level
 
     check_writable(out, trace if life is not None else None, snapshot_out)
     check_one_replica(snapshot_out, replicas)
-    catalogue = load_catalogue()
+    rows = load_catalogue(catalogue)
+    engine = {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
+              "utilization": gpu_memory_utilization}  # fmt: skip
     chosen = _only(candidates(
-        catalogue, gpus=gpu, n_gpus=str(n_gpus), stages=str(stages), disks=disk,
-        networks=network, policies=policy, formats=format, weights="bfloat16", routers=router,
-        evictions=eviction, dram_gib=None, ratio=ratio, engine={}, overhead_ms=overhead_ms,
+        rows, gpus=gpu, n_gpus=str(n_gpus), stages=str(stages), disks=disk, networks=network,
+        policies=policy, formats=format, weights=weights, routers=router, evictions=eviction,
+        dram_gib=dram_gib, ratio=ratio, engine=engine, overhead_ms=overhead_ms,
     ))  # fmt: skip
     spec, asked = model_of(model), Slo(**level(slo)[0])
     table = _read(file, first, scale_rate, ids, drop_empty)
     _check_row(life, len(table))
     longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
-    chosen.check_fits(spec, catalogue, longest)
-    fleet = chosen.fleet(spec, asked, replicas)
-    cost = chosen.cost(spec)
+    chosen.check_fits(spec, rows, longest)
+    fleet = _with_classes(chosen.fleet(spec, asked, replicas), table, class_slo or [], priority)
+    result, cpu_s = _served(table, fleet, chosen.cost(spec), snapshot, life, seed)
+    _write_files(result, out, life, trace, snapshot_out)
+    _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)
+
+
+def _with_classes(fleet: Fleet, table: RequestTable, levels: Sequence[str], priority: str) -> Fleet:
+    """The fleet with service levels and priorities of classes that the trace has."""
+    from ..core.errors import WorkloadError
+    from ..core.workload import Slo
+    from .whatif_options import level, names
+
+    slo = {name: Slo(**level(text)[0]) for name, _, text in (t.rpartition(":") for t in levels)}
+    first = tuple(names(priority))
+    for name in (*slo, *first):
+        if name not in table.classes:
+            raise WorkloadError(
+                "a class must be one of the trace",
+                values=repr(name),
+                remedy=f"its classes are {', '.join(map(repr, table.classes))}",
+            )
+    return fleet.replace(slo={**fleet.slo, **slo}, priority=first)
+
+
+def _served(
+    table: RequestTable,
+    fleet: Fleet,
+    cost: StepCost,
+    snapshot: Path | None,
+    life: int | None,
+    seed: int,
+) -> tuple[ServingResult, float]:
+    """The result, and the CPU seconds it took."""
+    from time import process_time
+
+    from ..simulator.serving import serve_trace
+    from .console import progress_bar
+    from .replay_snapshot import read_warm
+
     warm = None
     if snapshot is not None:
         table, warm = read_warm(snapshot, table, fleet)
@@ -102,9 +155,7 @@ def command(
             table, fleet, cost, seed=seed, snapshot=warm, watch=() if life is None else (life,),
             progress=lambda done, of: tell("requests", done, of),
         )  # fmt: skip
-    cpu_s = process_time() - began_s
-    _write_files(result, out, life, trace, snapshot_out)
-    _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)
+    return result, process_time() - began_s
 
 
 def _read(
@@ -191,7 +242,7 @@ def _report(name: str, result: Any, cpu_s: float, provenance: dict[str, str]) ->
     facts = {
         "requests": found["n_requests"],
         "requests per s": found["throughput_rps"],
-        "good share": ", ".join(f"{v:.3f}" for v in found["good_share"].values()),
+        "good share": ", ".join(f"{k} {v:.3f}".strip() for k, v in found["good_share"].items()),
         "GPU hit rate": found["gpu_hit_rate"],
         "utilisation": sum(found["utilisation"]) / len(found["utilisation"]),
         "preemptions": found["n_preemptions"],

@@ -89,6 +89,10 @@ def convert(
     from ..core.record import check_writable
 
     check_writable(out)
+    if out.resolve() == file.resolve():
+        raise WorkloadError(
+            "a trace is not written over its source", values=str(out), remedy="name another --out"
+        )
     table = _read(
         file, format, first, between_s, scale_rate, zero_output, block_tokens, ids, rate_rps, seed
     )

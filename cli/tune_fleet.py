@@ -13,6 +13,7 @@ from ..core.errors import CacheTuneError
 from . import fleet_options as options
 
 if TYPE_CHECKING:
+    from ..tuner.candidate import Candidate
     from ..tuner.trace_study import Space, StudyQuestion
 
 _File = Annotated[
@@ -81,7 +82,8 @@ def command(
     traffic = traffic_of(trace, ids=ids, zero_output="drop" if drop_empty else "refuse")
     table = traffic.table(requests or traffic.n_whole or DEFAULT_REQUESTS, 1.0, seed)
     fields = {"model": spec, "traffic": traffic, "slo": Slo(**service), "n_requests": len(table),
-              "rate_rps": rate_rps or traffic.rate_rps or rate_of(table), "space": chosen,
+              "rate_rps": rate_rps if rate_rps is not None
+              else traffic.rate_rps or rate_of(table), "space": chosen,
               "n_trials": trials, "seed": seed}  # fmt: skip
     question = made(StudyQuestion, fields, "the study")
     rows = _search(question, workers, journal)
@@ -115,17 +117,31 @@ def _space(texts: Mapping[str, str]) -> Space:
         fields[name] = tuple(dict.fromkeys(found))
     fields["n_replicas"] = (min(fields["n_replicas"]), max(fields["n_replicas"]))
     space: Space = made(Space, fields, "the study")
-    one = {"gpus": space.gpus[0], "n_gpus": "1", "disks": "none", "networks": "none",
-           "policies": "cachetune", "formats": "bf16", "routers": "least_load",
-           "evictions": "lru"}  # fmt: skip
+    one: dict[str, Any] = {
+        "gpus": texts["gpus"], "n_gpus": "1", "disks": "none", "networks": "none",
+        "policies": "cachetune", "formats": "bf16", "routers": "least_load", "evictions": "lru",
+        "dram_gib": min(space.dram_gib),
+        "engine": {"max_num_batched_tokens": min(space.batch_tokens)},
+    }  # fmt: skip
     for given in (  # names are looked up, with all else that a candidate checks
-        {name: texts[name] for name in ("gpus", "n_gpus", "disks", "networks")},
+        {name: texts[name] for name in ("n_gpus", "disks", "networks")},
         {"policies": texts["policies"], "formats": texts["stored"]},
         {"routers": texts["routers"], "evictions": texts["evictions"]},
     ):
-        candidates(load_catalogue(), weights="bfloat16", dram_gib=None, ratio=0.15,
-                   engine={}, overhead_ms=0.8, **{**one, **given})  # fmt: skip
+        found = candidates(load_catalogue(), weights="bfloat16", ratio=0.15, overhead_ms=0.8,
+                           **{**one, **given})  # fmt: skip
+    for candidate in found:
+        _check_price(candidate)
     return space
+
+
+def _check_price(candidate: Candidate) -> None:
+    if candidate.machine.gpu.price is None:
+        raise CacheTuneError(
+            "the fleets of a study need a price",
+            values=f"none with a date and source for {candidate.machine.gpu.name}",
+            remedy="leave that GPU out, or ask `cachetune whatif`, which takes --price",
+        )
 
 
 def _search(question: StudyQuestion, workers: int, journal: Path) -> list[dict[str, Any]]:
@@ -171,9 +187,10 @@ def _report(
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
     print_table([{**row, "share": share_of(row)} for row in kept], COLUMNS, "none better in both")
     if best is None:
-        closest = max(able, key=share_of)
+        closest = max(able, key=lambda r: (share_of(r), -r["ttft_ms_p99"], -r["usd_per_h"]))
         warn(f"no fleet keeps the SLO for {share:.4g} of requests; the closest for "
-             f"{share_of(closest):.4g}, at ${closest['usd_per_h']:.2f}/h")  # fmt: skip
+             f"{share_of(closest):.4g}, TTFT p99 {closest['ttft_ms_p99']:.4g} ms, TPOT p99 "
+             f"{closest['tpot_ms_p99'] or 0:.4g} ms, at ${closest['usd_per_h']:.2f}/h")  # fmt: skip
     else:
         note(f"cheapest that keeps the SLO: trial {best['trial']}, ${best['usd_per_h']:.2f}/h")
     note(f"result: {out}")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _Traffic = Annotated[
     str,
     typer.Option(
-        help="A trace file; rag:rate=,passages=,tokens=,chunks=,zipf=,question=,output=,cv=; "
-        "chat:rate=,turns=,system=,systems=,message=,output=,think=,cv=."
+        help="A trace file; rag:rate=,passages=,tokens=,chunks=,zipf=,question=,output=,spread=,"
+        "cv=; chat:rate=,turns=,system=,systems=,message=,output=,think=,spread=,cv=."
     ),
 ]
 _Counts = Annotated[
@@ -25,7 +25,6 @@ _Counts = Annotated[
 ]
 _Stages = Annotated[str, typer.Option(help="Pipeline stages of a replica, by commas.")]
 _Weights = Annotated[str, typer.Option(help="Weights, by commas: bfloat16, fp8.")]
-_Dram = Annotated[float | None, typer.Option(help="DRAM of the host, GiB; default of the row.")]
 _Target = Annotated[
     float | None, typer.Option(help="Requests per second to carry; default the traffic's own.")
 ]
@@ -37,11 +36,7 @@ _Horizon = Annotated[float, typer.Option(min=1, help="Seconds of traffic in a ru
 _MaxRequests = Annotated[int, typer.Option(min=20, help="Most requests in a run.")]
 _Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 _Backend = Annotated[str, typer.Option(help="processes, or ray for a cluster.")]
-_Catalogue = Annotated[Path | None, typer.Option(help="JSON laid over the shipped catalogue.")]
 _Price = Annotated[list[str] | None, typer.Option(help="NAME=USD_PER_H. Repeatable.")]
-_Batch = Annotated[int, typer.Option(min=1, help="max_num_batched_tokens of the engine.")]
-_SeqS = Annotated[int, typer.Option(min=1, help="max_num_seqs of the engine.")]
-_Memory = Annotated[float, typer.Option(help="gpu_memory_utilization of the engine.")]
 _Fresh = Annotated[bool, typer.Option(help="Begin again; else what --out holds is taken.")]
 _Out = Annotated[Path, typer.Option(help="Folder of table, JSON, page and journal.")]
 
@@ -60,7 +55,7 @@ def command(
     weights: _Weights = "bfloat16",
     router: options.Routers = "least_load",
     eviction: options.Evictions = "lru",
-    dram_gib: _Dram = None,
+    dram_gib: options.DramGib = None,
     ratio: options.Ratio = 0.15,
     target_rps: _Target = None,
     what_if: _WhatIf = None,
@@ -69,11 +64,11 @@ def command(
     max_requests: _MaxRequests = 6000,
     workers: _Workers = 1,
     backend: _Backend = "processes",
-    catalogue: _Catalogue = None,
+    catalogue: options.Own = None,
     price: _Price = None,
-    max_num_batched_tokens: _Batch = 8192,
-    max_num_seqs: _SeqS = 256,
-    gpu_memory_utilization: _Memory = 0.9,
+    max_num_batched_tokens: options.Batch = 8192,
+    max_num_seqs: options.Seqs = 256,
+    gpu_memory_utilization: options.Memory = 0.9,
     overhead_ms: options.Overhead = 0.8,
     ids: options.Ids = "prefix",
     drop_empty: options.DropEmpty = False,

@@ -112,7 +112,8 @@ function buildCards() {
   }
 }
 
-const between = (low, high) => low === undefined ? "–" : `${number(low)} to ${number(high)}`;
+const between = (low, high) => low === undefined ? "–"
+  : low === high ? number(low) : `${number(low)} to ${number(high)}`;
 const parts = (r) => r.capacity_rps === undefined ? "" : "traffic, 95 %: " +
   `${between(r.capacity_low_rps, r.capacity_high_rps)}; kernels, 90 %: ${between(r.kernels_low_rps, r.kernels_high_rps)}`;
 const inTiers = (r) => atLoad(r).loaded_share === undefined ? null
@@ -317,7 +318,7 @@ function drawWhatIf() {
     text: effects.map((e) => `${number(e.capacity_rps)} req/s, $${number(e.usd_per_mtok)} per M tokens, run ${e.fingerprint}`),
     textposition: "none", hovertemplate: "%{y}: %{x:+.1f} %<br>%{text}<extra></extra>",
   };
-  plot("whatif", [bar], layout("What if|capacity of the best, against now (paired, 95 %)", "% of capacity", "",
+  if (effects.length) plot("whatif", [bar], layout("What if|capacity of the best, against now (paired, 95 %)", "% of capacity", "",
     { rest: { height: Math.max(300, 90 + 30 * effects.length) } }));
   for (const e of answer.what_if) if (e.ratio === null) byId("cannot").append(element("li", `${e.what}: ${e.why_not}`));
 }

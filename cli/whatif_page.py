@@ -19,8 +19,10 @@ def page(answer: dict[str, Any]) -> str:
     question = answer["question"]
     traffic, runs = answer["traffic"], answer["runs"]
     source = traffic.get("file") or traffic.get("generator") or "traffic"
+    least, most = f"{runs['min_requests']:,}", f" to {runs['max_requests']:,}"
+    most = most if runs["max_requests"] > runs["min_requests"] else ""
     about = (
-        f"{source} · runs of {runs['horizon_s']:g} s, {runs['min_requests']:,} requests or more, "
+        f"{source} · runs of {runs['horizon_s']:g} s, but of {least}{most} requests, "
         f"the first {100 * runs['warm_share']:g} % to warm the caches · at most "
         f"{len(question['seeds'])} samples · simulated by CacheTune {answer['version']}"
     )

@@ -95,12 +95,13 @@ def _answer(
     question: Question, rows: Sequence[dict[str, Any]], winner: Any, found: list[dict[str, Any]]
 ) -> dict[str, Any]:
     from .. import __version__
-    from ..tuner.whatif import best, pareto
+    from ..tuner.whatif import best, cost_of, pareto
 
     target = question.target_rps is not None
     aside = ""
     hoped = best(rows, target, sure=False)
-    if winner is not None and hoped is not None and hoped["fingerprint"] != winner["fingerprint"]:
+    costs = [cost_of(r, target, sure=False)[0] for r in (hoped, winner) if r is not None]
+    if hoped is not None and costs[0] < costs[-1]:
         aside = f"Cheaper, if its prediction holds: {_short(hoped, target)}."
     return {
         "command": "whatif",
@@ -131,10 +132,13 @@ def _assumptions() -> list[str]:
         "intervals hold two things: samples of traffic (95 % nominal; requests count as fewer, as "
         "their failures come in bursts) and the cost model (all kernels at one end of their 90 % "
         "interval); the two are independent, so their logarithms add in squares",
+        "what-ifs are paired, on the same requests and kernels; of another GPU the kernels of both "
+        "widen the interval",
         "the best is the cheapest at the unfavourable end of its interval; replicas to be sure are "
         "for kernels at their slow end and traffic at its hard end",
         "a rate squeezes the arrivals of a trace, bursts included; the queue of a rate that is "
         "carried grows by at most 5 % of the time, in the mean of all samples",
+        "conversations are judged once about as many are under way as later (95 % of the turns)",
         "dollars per million tokens count prompt and output together",
         "a pipeline's stages have equally many layers and are never idle; memory is that of the "
         "first or last, with the embedding or the head",
@@ -155,7 +159,8 @@ def sentence(question: Question, winner: Any) -> str:
     what = winner["name"]
     if winner["kernels"] != "measured":
         what += f" (its kernels are {winner['kernels']}: mind the interval)"
-    rate = f"{winner['capacity_rps']:.3g} ({winner['low_rps']:.3g} to {winner['high_rps']:.3g})"
+    rate, low, high = (f"{winner[k]:.3g}" for k in ("capacity_rps", "low_rps", "high_rps"))
+    rate += f" ({low} to {high})" if low != high else ""
     limit = f", limited by {winner['limit']}" if winner["limit"] else ""
     least = "at least " if winner["at_least"] else ""
     one = f"one replica carries {least}{rate} req/s{limit}"

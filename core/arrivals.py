@@ -133,7 +133,7 @@ def closed_loop(
         arrival_ns=pauses,
         after=np.where(after < 0, np.int32(-1), after).astype(np.int32),
         provenance={
-            **table.provenance,
+            **{k: v for k, v in table.provenance.items() if k != "rate_rps"},
             "arrivals": "closed loop",
             "n_users": str(n_users),
             "think_s": f"{think_s:g}",

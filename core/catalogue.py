@@ -179,11 +179,12 @@ def _find(rows: Mapping[str, Row], name: str, what: str) -> Row:
     if found is not None:
         return found
     near = nearest(name, rows)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(rows)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(rows)};"
     raise ProfileError(
         f"the {what} must be one of the catalogue",
         values=repr(name),
-        remedy=f"{hint} `cachetune catalogue list` prints all, --catalogue adds your own",
+        remedy=f"{hint} `cachetune catalogue list` prints all, whatif and replay take your own "
+        "by --catalogue",
     )
 
 

@@ -6,6 +6,7 @@ counted in the table's `provenance`, beside the file's name, SHA-256 and format.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +95,7 @@ def read_trace(
         stop_at=None if format in _UNSORTED else stop_at,
     )
     table = _as_written(source, columns, format, block_tokens, ids)
-    if columns.n_untimed:
-        table = _timed(table, columns.n_untimed, rate_rps, seed)
+    table = _timed(table, columns.n_untimed, rate_rps, seed)
     table = _filtered(table, first, between_s)
     if scale_rate != 1.0:
         table = table.scaled(scale_rate)
@@ -131,6 +131,12 @@ def _as_written(
     if format in _BLOCKS and ids == "prefix":
         said["ids"] = "prefix" if is_chained(table) else "prefix, chained here"
         table = chained(table)
+    if ids == "content" and table.chained:
+        raise WorkloadError(
+            "ids of contents cannot be had from ids of prefixes",
+            values=f"ids='content', and those of {source.path.name} are chained",
+            remedy="leave it out, or convert the source again with --ids content",
+        )
     if columns.n_dropped:
         said["dropped_zero_output"] = str(columns.n_dropped)
     return replace(table, provenance={**said, **table.provenance})
@@ -143,6 +149,13 @@ def detect(source: TraceSource) -> str:
         WorkloadError: none of them.
     """
     line, text = next(source.lines(), (1, b""))
+    if not text:
+        raise WorkloadError(
+            "a trace holds at least one request",
+            values=f"0 in {source.path.name}",
+            remedy="check the file: it is empty",
+        )
+    text = text.removeprefix(codecs.BOM_UTF8)
     if not text.lstrip().startswith(b"{"):
         names = text.decode("utf-8-sig", "replace").strip().replace('"', "").split(",")
         for format, columns in (("azure", AZURE_COLUMNS), ("burstgpt", BURSTGPT_COLUMNS)):
@@ -195,16 +208,26 @@ def _check_options(
 
 
 def _timed(table: RequestTable, n_untimed: int, rate_rps: float | None, seed: int) -> RequestTable:
-    if rate_rps is None:
+    file = table.provenance["file"]
+    if not n_untimed:
+        if rate_rps is None:
+            return table
+        raise WorkloadError(
+            "a rate is for a trace without times",
+            values=f"{rate_rps:g} requests/s, and {file} has times",
+            remedy="leave it out, or change how often requests come by scale_rate (--scale-rate)",
+        )
+    if rate_rps is None or not 0 < rate_rps < float("inf"):
         raise WorkloadError(
             "a trace says when requests arrive",
-            values=f"{n_untimed} without a time in {table.provenance['file']}",
-            remedy="give a rate (rate_rps, --rate-rps) for Poisson arrivals",
+            values=f"{n_untimed} without a time in {file}, a rate of {rate_rps}",
+            remedy="give a rate for Poisson arrivals (rate_rps, `cachetune trace convert "
+            "--rate-rps`)",
         )
     if n_untimed != int((table.after < 0).sum()):
         raise WorkloadError(
             "either every conversation says when it begins, or none does",
-            values=f"{n_untimed} without a time in {table.provenance['file']}",
+            values=f"{n_untimed} without a time in {file}",
             remedy="give the others a timestamp",
         )
     return with_arrivals(table, Arrivals(rate_rps=rate_rps), seed)

@@ -32,6 +32,8 @@ class _Session:
         self.n_tokens = 0
         self.last = -1
         """Number of the last request in the file."""
+        self.time_ns: int | None = None
+        """Of the last turn with a time of its own."""
 
     def say(self, key: Hashable, n_tokens: int) -> None:
         self.keys.append(key)
@@ -60,8 +62,7 @@ def read_aiperf(source: TraceSource, columns: TraceColumns, block_tokens: int) -
         if not isinstance(name, str | None):
             raise source.bad(line, "session_id", name, "is a text")
         session = _Session(None) if name is None else sessions.setdefault(name, _Session(name))
-        before = session.last
-        time_ns, after = _time_of(source, line, row, before)
+        time_ns, after = _time_of(source, line, row, session)
         if type(new) is not int or new < 1:
             raise source.bad(line, "input_length", new, "is a whole number from 1")
         session.last = number
@@ -75,13 +76,18 @@ def read_aiperf(source: TraceSource, columns: TraceColumns, block_tokens: int) -
 
 
 def _time_of(
-    source: TraceSource, line: int, row: dict[str, Any], before: int
+    source: TraceSource, line: int, row: dict[str, Any], session: _Session
 ) -> tuple[int | None, int]:
     """(absolute time or None, -1), or (pause, number of the request before it in its session)."""
-    if row.get("timestamp") is not None:
-        return source.time_ns(line, "timestamp", row["timestamp"], NS_PER_MS), -1
+    given = row.get("timestamp")
+    if given is not None:
+        time_ns = source.time_ns(line, "timestamp", given, NS_PER_MS)
+        if session.time_ns is not None and time_ns < session.time_ns:
+            raise source.bad(line, "timestamp", given, "is not before its session's last one")
+        session.time_ns = time_ns
+        return time_ns, -1
     delay_ns = source.time_ns(line, "delay", row.get("delay") or 0, NS_PER_MS)
-    return (delay_ns, before) if before >= 0 else (None, -1)
+    return (delay_ns, session.last) if session.last >= 0 else (None, -1)
 
 
 def _ask(

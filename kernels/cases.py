@@ -1,7 +1,8 @@
 """How each kernel of the registry gets its inputs, is run, and is counted.
 
-Inputs are random, never zeros (a GPU runs zeros measurably faster), and the same on every device
-because they are drawn on the CPU; on the ``meta`` device they have shapes and no data.
+Inputs are random, never zeros (a GPU runs zeros measurably faster), and the same for a seed on one
+device; a GPU draws its own, as a CPU would take longer to draw them than all else together. On the
+``meta`` device they have shapes and no data.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def _random(seed: int, device: str, dtype: str, *shape: int) -> Tensor:
     kind = getattr(torch, dtype)
     if device == "meta":
         return torch.empty(shape, dtype=kind, device="meta")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, kind)
+    where = device if device.startswith("cuda") else "cpu"
+    generator = torch.Generator(where).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=where).to(device, kind)
 
 
 def _positions(n_q: int, n_keys: int, clustered: bool) -> Tensor:

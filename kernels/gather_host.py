@@ -9,6 +9,7 @@ the computation beside it. The copy engine takes none, but costs a submission pe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import partial
 from typing import Literal
@@ -28,6 +29,7 @@ COPY_BELOW_ROWS = 16
 CROSSOVER_BYTES = tuple(1 << n for n in range(13, 19))
 """Row sizes at which the two are compared."""
 Path = Literal["auto", "kernel", "copy"]
+_launching = threading.Lock()
 
 
 @triton.jit(do_not_specialize=("n_rows",))
@@ -97,10 +99,17 @@ def gather_host(
         return path
     words = width // 8
     block_w = min(TILE_WORDS, triton.next_power_of_2(words))
-    gather_host_kernel[(programs,)](
-        source.view(torch.int64), rows.to(out.device, non_blocking=True), out.view(torch.int64),
-        rows.numel(), WORDS=words, BLOCK_R=TILE_WORDS // block_w, BLOCK_W=block_w, num_warps=8,
-    )  # fmt: skip
+    if out.is_cuda and rows.device.type == "cpu":
+        # From memory that is not pinned a copy of more than 64 KiB waits for the stream.
+        rows = rows.pin_memory()
+    here = rows.to(out.device, non_blocking=True)
+    # Triton fills in a kernel's handles at its first launch, and another thread that launches it
+    # meanwhile finds half of them; several I/O streams begin with this one at the same moment.
+    with _launching:
+        gather_host_kernel[(programs,)](
+            source.view(torch.int64), here, out.view(torch.int64), rows.numel(),
+            WORDS=words, BLOCK_R=TILE_WORDS // block_w, BLOCK_W=block_w, num_warps=8,
+        )  # fmt: skip
     return path
 
 

@@ -9,6 +9,7 @@ packed format is in ``packing.py``, decode attention over it in ``decode_referen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
@@ -298,9 +299,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, block: Seen, scale: float) -> Tenso
     (m, h, d), hk = q.shape, k.shape[0]
     # The G query heads of a key head become rows: one pass over its keys, 10x faster for one query.
     rows = q.view(m, hk, h // hk, d).transpose(0, 1).reshape(1, hk, m * (h // hk), d)
-    out = F.scaled_dot_product_attention(rows, k[None], v[None], attn_mask=block.mask, scale=scale)
+    with _planned_nowhere() if rows.is_cuda else nullcontext():
+        out = F.scaled_dot_product_attention(
+            rows, k[None], v[None], attn_mask=block.mask, scale=scale
+        )
     out = out.view(hk, m, h // hk, d).transpose(0, 1).reshape(m, h, d)
     return out if block.empty is None else out.masked_fill_(block.empty[:, None, None], 0.0)
+
+
+def _planned_nowhere() -> AbstractContextManager[None]:
+    """Without cuDNN, which plans for each length of keys, and not for every one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def deviation(k_new: Tensor, k_old: Tensor) -> Tensor:

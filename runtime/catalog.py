@@ -334,6 +334,7 @@ class Catalog:
         self.closed = True
         self.kept.clear()
         self.ram.clear()
+        self.on_device.clear()
         with suppress(StoreError):
             for claim in self._index.claims():
                 if claim.owner == self._owners.number:

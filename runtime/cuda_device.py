@@ -5,10 +5,12 @@ Nothing here makes the host wait but what says so by `waiting`.
 
 from __future__ import annotations
 
+import gc
+import logging
 import mmap
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,9 @@ from torch import Tensor
 
 from ..core.layout import ALIGN_BYTES
 from .device import COPY_OUT, URGENT, Device, Graph, Ranges, aligned, joined
+from .standing_threads import StandingThreads
+
+log = logging.getLogger(__name__)
 
 COPY_BELOW_ROWS = 16
 """So few pieces go by the copy engine, whatever their size."""
@@ -79,6 +84,7 @@ class CudaDevice(Device):
 
     kind = "cuda"
     pooled_decode = True
+    standing = StandingThreads()
 
     def __init__(self, index: int = 0) -> None:
         super().__init__(index)
@@ -214,7 +220,7 @@ class CudaDevice(Device):
     def capture(self, work: Callable[[], None]) -> Graph:
         """See `Device`. What `work` allocates stays the graph's own."""
         # torch captures on a stream of the current device, and keeps one for all devices by itself.
-        with self.waiting("capture"), self.current():
+        with self.waiting("capture"), self.current(), _nothing_collected():
             graph = torch.cuda.CUDAGraph()
             side = self.stream("capture").torch
             # Other threads go on allocating and copying; only this one's calls are captured.
@@ -248,6 +254,19 @@ class CudaDevice(Device):
         with self.current():
             return deviation(k_new, k_old)
 
+    def attention(
+        self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """See `Device`; should cuDNN have no plan for a shape, this process does without it."""
+        try:
+            return super().attention(rows, q, k, v, scale, window)
+        except RuntimeError as e:
+            if "cudnn" not in str(e).lower() or not torch.backends.cuda.cudnn_sdp_enabled():
+                raise
+            log.warning("attention goes on without cuDNN: %s", str(e).splitlines()[0])
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            return super().attention(rows, q, k, v, scale, window)
+
     def sparse_attention(
         self, rows: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
@@ -278,6 +297,20 @@ class CudaDevice(Device):
 
         with self.current():
             return decode_pooled(q, k, v, base, n_keys, scale, window)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What garbage lets go of (graphs, pinned pages) the driver refuses while it captures, and the
+    capture is lost; so it goes before."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @cache

@@ -10,7 +10,7 @@ place; the next read goes on meanwhile. Times are those of the devices' events, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..core.ops import NOTHING, Op, Outcome, Span
+from ..core.ops import COMPUTE, NOTHING, Op, Outcome, Span
 from ..core.timeline import HostWait
 from .device import COPY_IN, Stream
 from .event_clock import EventClock
@@ -82,6 +82,17 @@ class CudaExecutor(WorkerExecutor):
         self._streams.clear()
         for device in self._devices:
             device.on_wait = None
+
+    def _start(self, work: Callable[..., None], args: tuple[Any, ...], name: str) -> None:
+        """See `WorkerExecutor`; what computes is launched by the thread of the run before."""
+        stage, stream = args[0]
+        device = self._devices[stage]
+        if stream != COMPUTE or work != self._work or device.standing is None:
+            super()._start(work, args, name)
+            return
+        self._threads.append(
+            device.standing.start(f"{stream} of {device.name}", lambda: work(*args))
+        )
 
     def _register(self, op: Op) -> None:
         deps = [task for d in op.deps if (task := self._tasks.get(d)) is not None]

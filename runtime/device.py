@@ -28,6 +28,7 @@ from ..kernels.packing import Packed, Per, pack
 
 if TYPE_CHECKING:
     from .attention import Rows
+    from .standing_threads import StandingThreads
 
 COPY_IN = "copy-in"
 COPY_OUT = "copy-out"
@@ -85,6 +86,8 @@ class Device:
     kind = "cpu"
     pooled_decode = False
     """Whether decode takes K and V of all requests from one pooled buffer."""
+    standing: StandingThreads | None = None
+    """Threads that launch what computes, where the libraries keep something by thread."""
 
     def __init__(self, index: int = 0) -> None:
         self.index = index

@@ -24,6 +24,7 @@ from ..core.timeline import HostWait
 from .cores import bind
 from .handlers import Handlers, Made
 from .session import Session
+from .standing_threads import Standing
 
 SessionSource = Callable[[int, int], Session]
 """Opens the session of (request id, attempt)."""
@@ -90,7 +91,7 @@ class WorkerExecutor(ABC):
         self._on_end = on_end
         self._sessions: dict[int, Session] = {}
         self._queues: dict[Lane, SimpleQueue[Item | None]] = {}
-        self._threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread | Standing] = []
         self._finished: deque[Span] = deque()
         self._waits: list[HostWait] = []
         self._changed = threading.Condition()

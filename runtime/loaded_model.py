@@ -6,6 +6,7 @@ The library's layers, weights and RoPE are used as they are. Pre-RoPE K is caugh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "llama-110m": dict(n=12, hidden=768, heads=12, kv=4, ffn=3072, vocab=8192),
 }
 """Shapes with random weights: TTFT does not depend on weights. The last has 110 million of them."""
+
+STAGING_BYTES = 64 << 20
+"""Weights of a GPU are read in pieces of that size."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def load_model(
     if str(source) in SHAPES:
         return _wrap(_random_llama(str(source), dtype, seed), str(source))
     if str(source) in CONFIGS:
-        return _wrap(random_model(config_of(str(source)), dtype, seed).hf, str(source))
+        return _wrap(_random(config_of(str(source)), dtype, seed), str(source))
     folder = Path(source)
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -153,6 +157,11 @@ def _read_weights(folder: Path, dtype: str) -> Any:
 
 def random_model(config: Any, dtype: str = "float32", seed: int = 0) -> LoadedModel:
     """A model of any supported Hugging Face configuration with random weights."""
+    return _wrap(_random(config, dtype, seed), f"random-{config.model_type}")
+
+
+def _random(config: Any, dtype: str, seed: int) -> Any:
+    """As the library makes it. Whoever takes it on reads all weights once, for the fingerprint."""
     spec_from_hf_config(config.to_dict())
     from transformers import AutoModelForCausalLM
 
@@ -161,10 +170,10 @@ def random_model(config: Any, dtype: str = "float32", seed: int = 0) -> LoadedMo
         library: Any = AutoModelForCausalLM
         model = library.from_config(buildable(config), dtype=getattr(torch, dtype))
     install(model, config)
-    return _wrap(model, f"random-{config.model_type}")
+    return model
 
 
-def _random_llama(name: str, dtype: str, seed: int) -> nn.Module:
+def _random_llama(name: str, dtype: str, seed: int) -> Any:
     from transformers import LlamaConfig
 
     shape = SHAPES[name]
@@ -178,8 +187,7 @@ def _random_llama(name: str, dtype: str, seed: int) -> nn.Module:
         max_position_embeddings=32768,
         tie_word_embeddings=True,
     )
-    model: nn.Module = random_model(config, dtype, seed).hf
-    return model
+    return _random(config, dtype, seed)
 
 
 def _wrap(model: Any, name: str) -> LoadedModel:
@@ -208,5 +216,25 @@ def _fingerprint(model: nn.Module, spec: ModelSpec) -> str:
         digest.update(bytes(rope.of_layer))
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        for part in _bytes_of(parameter.detach()):
+            digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def _bytes_of(x: torch.Tensor) -> Iterator[memoryview]:
+    """All bytes; those of a GPU through one piece of pinned memory, as pageable memory is slow.
+
+    A part holds until the next one is asked for.
+    """
+    flat = x.contiguous().view(-1).view(torch.uint8)
+    if not flat.is_cuda:
+        yield flat.cpu().numpy().data
+        return
+    # Named, because a model is made with its GPU as the default device.
+    staging = torch.empty(
+        min(STAGING_BYTES, flat.numel()), dtype=torch.uint8, device="cpu", pin_memory=True
+    )
+    for piece in flat.split(STAGING_BYTES):
+        here = staging[: piece.numel()]
+        here.copy_(piece)
+        yield here.numpy().data

@@ -143,10 +143,11 @@ class Runner:
         return self.kv_capacity_tokens // 16
 
     def close(self) -> None:
-        """Write what is queued, close the store."""
+        """Write what is queued, close the store, let go of KV before garbage is collected."""
         if self.write_back is not None:
             self.write_back.close()
         self.store.close()
+        self.stages.release()
 
     def prepare(
         self, workload: Workload, plan: ReusePlan, tier: str, *, only_missing: bool = False

@@ -107,7 +107,7 @@ class Stages:
     def release(self) -> None:
         """Let go of the KV, so that another cut has room; not to be used after."""
         self.graphs = None
-        del self.pool
+        self.__dict__.pop("pool", None)
 
     def rope_tables(self, n_positions: int) -> None:
         """Have every stage's table long enough, so that no op has to build it."""

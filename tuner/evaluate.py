@@ -32,7 +32,8 @@ class RunLength(Record):
     max_requests: int = Field(default=6000, ge=20)
     warm_share: float = Field(default=0.2, ge=0, lt=1)
     """First part of each run, which is not judged. Traffic without an order (rag) and windows of a
-    trace begin with the tiers that what came before leaves; chats have this part to fill them."""
+    trace begin with the tiers that what came before leaves; chats have this part to fill them, and
+    before it as long as it takes until about as many conversations are under way as later."""
 
     def n_requests(self, rate_rps: float) -> int:
         """Requests of a run at this rate."""
@@ -56,7 +57,9 @@ def evaluate(
     n_requests = max(
         length.n_requests(rate_rps), min(length.min_requests, PER_REPLICA) * n_replicas
     )
-    table = traffic.table(n_requests, rate_rps, seed)
+    n_ramp = round(rate_rps * traffic.ramp_s)
+    table = traffic.table(n_requests + n_ramp, rate_rps, seed)
+    n_ramp = min(n_ramp, len(table) // 2)
     fleet = candidate.fleet(model, slo, n_replicas)
     before = traffic.before(n_requests, seed)
     if candidate.policy == "prefix_cache" and not table.chained:
@@ -68,7 +71,7 @@ def evaluate(
         seed=seed,
         snapshot=warm_snapshot(before, fleet) if before is not None else None,
     )
-    judged = np.arange(len(result)) >= int(length.warm_share * len(result))
+    judged = np.arange(len(result)) >= n_ramp + int(length.warm_share * (len(result) - n_ramp))
     in_ttft = (result.ttft_ms <= slo.ttft_ms)[judged]
     in_tpot = (np.nan_to_num(result.tpot_ms) <= slo.tpot_ms)[judged]
     batches = np.array_split(in_ttft & in_tpot, BATCHES)

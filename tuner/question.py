@@ -19,6 +19,8 @@ from .trial import Trial
 
 LIMITS = 20
 """A run is so many times as long as the TTFT that is allowed."""
+RAMP = 4
+"""Conversations may take so many times as many requests to get under way as are judged."""
 BURSTS = 5
 """Bursts of late requests that the runs of all seeds together may show."""
 
@@ -70,12 +72,17 @@ class Question(Record):
     def most_rps(self) -> float:
         """The highest rate that runs can show.
 
-        Turns wait for the one before, so that a run which is not as long as its conversations has
-        fewer requests at a time than the rate says.
+        Turns wait for the one before: until as many conversations are under way as later, fewer
+        requests come than the rate says. What is generated may begin with so many; a trace has
+        only its own, and what it shows is sure at the rate at which it was recorded.
         """
-        if not self.traffic.has_turns:
+        ramp_s = self.traffic.ramp_s
+        if not ramp_s:
             return RATE_MAX_RPS
-        return self.length.max_requests / self.length.horizon_s
+        if self.traffic.n_whole is None:
+            return RAMP * self.length.max_requests / ramp_s
+        recorded = self.traffic.rate_rps or 0.0
+        return max(recorded, min(self.length.max_requests, self.traffic.n_whole) / (2 * ramp_s))
 
     @model_validator(mode="after")
     def _check(self) -> Question:

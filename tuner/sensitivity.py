@@ -5,6 +5,7 @@ changes("disk=hdd-7200, shared=0.5, stored=int4", question, candidate, catalogue
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..core.units import GIB
 from .attainment import Attainment
 from .candidate import STORED_BITS, Candidate
 from .question import Question
-from .trial import Trial
+from .trial import Estimate, Trial
 from .whatif import task_of
 
 KNOBS = (
@@ -111,9 +112,17 @@ def default_changes(candidate: Candidate) -> list[Change]:
 def tasks(
     asked: Sequence[Change], question: Question, candidate: Candidate, catalogue: Catalogue
 ) -> list[dict[str, Any]]:
-    """One task per change, without the fleet for the target: capacities are compared."""
-    alone = question.replace(target_rps=None, kernel_band=False)
-    return [task_of(*change.apply(alone, candidate, catalogue)) for change in asked]
+    """One task per change, without the fleet for the target: capacities are compared.
+
+    The kernels are the same ones, so that their errors cancel, but those of another GPU.
+    """
+    alone = question.replace(target_rps=None)
+    return [
+        task_of(
+            *change.apply(alone.replace(kernel_band=change.knob == "gpu"), candidate, catalogue)
+        )
+        for change in asked
+    ]
 
 
 def effects(
@@ -126,18 +135,25 @@ def effects(
     found = []
     for change, row in zip(asked, rows, strict=True):
         effect: dict[str, Any] = {"what": change.text, "fingerprint": row["fingerprint"]}
-        if row["why_not"]:
-            effect |= {"ratio": None, "low": None, "high": None, "why_not": row["why_not"]}
+        unknown = row["why_not"]
+        if not unknown and row["at_least"] and base["at_least"]:
+            unknown = "runs are too short to show the capacity of either, with it or without"
+        if unknown:
+            effect |= {"ratio": None, "low": None, "high": None, "why_not": unknown}
         else:
             seeds = [seed for seed in base["seeds"] if seed in row["seeds"]]
             one, other = (
                 Attainment(map(Trial.of, r["trials"]), attainment, seeds) for r in (row, base)
             )
             estimate = one.over(other)
+            low: float = estimate.low
+            high: float | None = estimate.high
+            if change.knob == "gpu":
+                low, high = _with_kernels(estimate, row, base)
             effect |= {
                 "ratio": estimate.value,
-                "low": estimate.low,
-                "high": estimate.high,
+                "low": low,
+                "high": high,
                 "capacity_rps": row["capacity_rps"],
                 "usd_per_mtok": row["usd_per_mtok"],
                 "ttft_ms_p99": row["at_capacity"]["ttft_ms_p99"],
@@ -145,6 +161,24 @@ def effects(
             }
         found.append(effect)
     return found
+
+
+def _with_kernels(
+    ratio: Estimate, row: Mapping[str, Any], base: Mapping[str, Any]
+) -> tuple[float, float | None]:
+    """Ends of a ratio with the kernels of both GPUs, which err independently; None: no end."""
+
+    def kernels(of: Mapping[str, Any], end: str) -> float:
+        return float(of[f"kernels_{end}_rps"] / of["capacity_rps"])
+
+    down = min(ratio.low / ratio.value, 1.0), kernels(row, "low"), 1 / kernels(base, "high")
+    up = max(ratio.high / ratio.value, 1.0), kernels(row, "high"), kernels(base, "low")
+    below = 0.0
+    if min(down) > 0:
+        below = ratio.value * math.exp(-math.hypot(*map(math.log, down)))
+    if min(up) <= 0:
+        return below, None
+    return below, ratio.value * math.exp(math.hypot(*map(math.log, up)))
 
 
 def _number(change: Change) -> float:

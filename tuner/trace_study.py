@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import Field
 
 from ..core.catalogue import load_catalogue
@@ -31,6 +32,10 @@ from .traffic import Traffic
 if TYPE_CHECKING:
     import optuna
 
+    from ..simulator.serving_result import ServingResult
+
+ROW_VERSION = 2
+"""Of what a trial's row holds: a journal with rows of another is not taken."""
 GROUP = 50
 """Trials that are asked for before any of them is told: a generation of NSGA-II."""
 
@@ -91,7 +96,10 @@ def trace_study(
 
             found = sweep(
                 simulate,
-                [{"question": as_json, "params": t.params} for t in long_first],
+                [
+                    {"question": as_json, "params": t.params, "row_version": ROW_VERSION}
+                    for t in long_first
+                ],
                 workers=workers,
                 backend=run,
                 journal=journal,
@@ -114,7 +122,9 @@ def simulate(task: Mapping[str, Any]) -> dict[str, Any]:
     p = task["params"]
     try:
         candidate = _candidate(p)
-        table = question.traffic.table(question.n_requests, question.rate_rps, question.seed)
+        n_ramp = _n_ramp(question)
+        n_requests = question.n_requests + n_ramp
+        table = question.traffic.table(n_requests, question.rate_rps, question.seed)
         longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
         candidate.check_fits(question.model, load_catalogue(), longest)
         usd_per_h = candidate.machine.usd_per_h * p["n_replicas"]
@@ -122,13 +132,36 @@ def simulate(task: Mapping[str, Any]) -> dict[str, Any]:
         cost = candidate.cost(question.model)
     except CacheTuneError as e:
         return {"why_not": str(e)}
-    summary = serve_trace(table, fleet, cost, seed=question.seed).summary()
+    result = serve_trace(table, fleet, cost, seed=question.seed)
+    summary = result.summary()
     keep = ("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p99", "good_share", "tier_hit_rate")
+    found = {name: summary[name] for name in keep}
+    if n_ramp:
+        found |= _later(result, n_ramp)
     return {
         "why_not": "",
         "fingerprint": candidate.fingerprint(),
         "usd_per_h": usd_per_h,
-        **{name: summary[name] for name in keep},
+        **found,
+    }
+
+
+def _n_ramp(question: StudyQuestion) -> int:
+    """Requests until about as many generated conversations are under way as later."""
+    traffic = question.traffic
+    return 0 if traffic.is_trace else round(question.rate_rps * traffic.ramp_s)
+
+
+def _later(result: ServingResult, begin: int) -> dict[str, Any]:
+    """Times and share of good requests from a row on, all of one class."""
+    ttft_ms, tpot_ms = result.ttft_ms[begin:], np.nan_to_num(result.tpot_ms[begin:])
+    (name,) = result.table.classes
+    p50, p99 = np.percentile(ttft_ms, (50, 99))
+    return {
+        "ttft_ms_p50": float(p50),
+        "ttft_ms_p99": float(p99),
+        "tpot_ms_p99": float(np.percentile(tpot_ms, 99)),
+        "good_share": {name: float(result.meets_slo()[name][begin:].mean())},
     }
 
 

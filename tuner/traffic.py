@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
 from ..core.arrivals import Arrivals
 from ..core.errors import WorkloadError
-from ..core.record import Record
+from ..core.record import Record, first_problem
 from ..core.request_table import RequestTable
 from ..core.rng import rng
 from ..core.trace_files import read_trace
@@ -36,6 +37,7 @@ GENERATORS: dict[str, dict[str, float]] = {
         "zipf": 0.9,
         "question": 64,
         "output": 128,
+        "spread": 0.0,
         "cv": 1.0,
     },
     "chat": {
@@ -46,11 +48,16 @@ GENERATORS: dict[str, dict[str, float]] = {
         "message": 100,
         "output": 300,
         "think": 30.0,
+        "spread": 0.0,
         "cv": 1.0,
     },
 }
 """Parameters and their defaults: `core/trace_make.py`. Lengths in tokens, `rate` in requests per
-second, `think` in seconds, `cv` of the gaps between arrivals (1 is Poisson)."""
+second, `think` in seconds, `cv` of the gaps between arrivals (1 is Poisson), `spread` the
+coefficient of variation of questions, messages and outputs, log-normal (0: all are equal)."""
+
+FRACTIONS = frozenset(["rate", "zipf", "think", "spread", "cv"])
+"""Parameters that need not be whole numbers."""
 
 BASE_REQUESTS = 8192
 """Requests that are drawn at once: runs of fewer are the first of the same ones. Powers of two."""
@@ -78,14 +85,30 @@ class Traffic(Record):
     def table(self, n_requests: int, rate_rps: float, seed: int) -> RequestTable:
         """`n_requests` (or as many as there are) at `rate_rps` on average.
 
+        Of conversations, those requests that come first at that rate, later turns of the first
+        ones beside first turns of later ones: after `ramp_s` they come at the rate.
+
         Raises:
             WorkloadError: the file or the parameters are not traffic.
         """
         base = self._whole(n_requests, seed)
-        table = _rows(base, 0, min(n_requests, len(base)))
+        recorded_rps = rate_of(self._recorded) if self.is_trace else begun_rps(base)
+        if not self.has_turns:
+            table = _rows(base, 0, min(n_requests, len(base))).scaled(rate_rps / recorded_rps)
+        else:
+            table = base.scaled(rate_rps / recorded_rps)
+            table = _picked(table, np.argsort(table.nominal_ns(), kind="stable")[:n_requests])
         if self.shared < 1 and not self.is_stationary:
             table = unshared(table, self.shared, seed)
-        return table.scaled(rate_rps / rate_of(self._recorded if self.is_trace else base))
+        return table
+
+    @property
+    def ramp_s(self) -> float:
+        """Seconds until about as many conversations are under way as later, 0 without turns.
+
+        After them, 95 % of the turns come that will come at a steady rate.
+        """
+        return _ramp_s(self.replace(shared=1.0)) if self.has_turns else 0.0
 
     def before(self, n_requests: int, seed: int) -> RequestTable | None:
         """What came before `table`'s requests, ids as there; None if nothing is known of it.
@@ -163,12 +186,15 @@ def traffic_of(text: str, **options: Any) -> Traffic:
             values=repr(text),
             remedy="for example rag:rate=2,passages=500,chunks=8",
         )
-    if is_generator(text):
-        found = Traffic(text=text, **options)
-        parameters(text)
-    else:
-        found = Traffic(text=text, digest=TraceSource(text).sha256(), **options)
-        _trace(found)
+    if text in GENERATORS and is_generator(text):
+        text += ":"
+    digest = "" if is_generator(text) else TraceSource(text).sha256()
+    try:
+        found = Traffic(text=text, digest=digest, **options)
+        found.longest(1, 0)  # reads or draws what comes: what is wrong with it is told now
+    except ValidationError as e:
+        rule, got = first_problem(e)
+        raise WorkloadError(f"traffic: {rule}", values=got) from None
     return found
 
 
@@ -186,6 +212,20 @@ def _rows(table: RequestTable, begin: int, end: int) -> RequestTable:
     )
 
 
+def _picked(table: RequestTable, rows: NDArray[np.int64]) -> RequestTable:
+    """These rows in this order; chunk ids are not renumbered either."""
+    kept = np.zeros(len(table), bool)
+    kept[rows] = True
+    used = np.unique(table.chunk_ids[np.repeat(kept, np.diff(table.chunk_start))])
+    found = table.take(rows)
+    return replace(
+        found,
+        chunk_ids=used[found.chunk_ids],
+        chunk_tokens=table.chunk_tokens,
+        chunk_names=table.chunk_names,
+    )
+
+
 def round_up(n: int) -> int:
     """Few sizes are drawn for many rates."""
     return max(BASE_REQUESTS, 1 << (n - 1).bit_length())
@@ -194,6 +234,12 @@ def round_up(n: int) -> int:
 def rate_of(table: RequestTable) -> float:
     """Mean requests per second of a table whose arrivals are all known."""
     seconds = table.duration_s()
+    return (len(table) - 1) / seconds if seconds > 0 else 1.0
+
+
+def begun_rps(table: RequestTable) -> float:
+    """Requests over the seconds in which conversations begin; other requests are one each."""
+    seconds = float(np.ptp(table.arrival_ns[table.after < 0])) / NS_PER_S
     return (len(table) - 1) / seconds if seconds > 0 else 1.0
 
 
@@ -237,9 +283,11 @@ def parameters(text: str) -> dict[str, float]:
                 remedy=f"for example {kind}:rate=2,passages=500",
             )
         found[name] = number
-    for name in set(found) - {"zipf", "think"}:
+    for name in set(found) - {"zipf", "think", "spread"}:
         if not found[name] > 0:
             raise WorkloadError(f"{name} of the traffic must be above zero", values=text)
+        if name not in FRACTIONS and found[name] != int(found[name]):
+            raise WorkloadError(f"{name} of the traffic must be a whole number", values=text)
     return found
 
 
@@ -252,6 +300,13 @@ def apart(seeds: Sequence[int]) -> float:
     """Longest way from where a seed's window of a trace begins to the next, over all of it."""
     starts = sorted(seed * GOLDEN % 1 for seed in seeds)
     return max(b - a for a, b in zip(starts, [*starts[1:], starts[0] + 1], strict=True))
+
+
+@lru_cache(maxsize=8)
+def _ramp_s(traffic: Traffic) -> float:
+    whole = _trace(traffic) if traffic.is_trace else _generated(traffic, BASE_REQUESTS, 0)
+    nominal = whole.nominal_ns()
+    return float(np.percentile(nominal - nominal[whole.roots()], 95)) / NS_PER_S
 
 
 @lru_cache(maxsize=8)
@@ -280,6 +335,10 @@ def _turned(traffic: Traffic, seed: int) -> RequestTable:
 def _generated(traffic: Traffic, n: int, seed: int) -> RequestTable:
     p = parameters(traffic.text)
     gaps: dict[str, Any] = {} if p["cv"] == 1 else {"kind": "gamma", "cv": p["cv"]}
+
+    def spread(name: str) -> Lengths:
+        return Lengths(mean=p[name], cv=p["spread"])
+
     if traffic.text.startswith("chat:"):
         return chat_table(
             max(1, round(n / p["turns"])),
@@ -287,8 +346,8 @@ def _generated(traffic: Traffic, n: int, seed: int) -> RequestTable:
             turns=Lengths(mean=p["turns"]),
             system=Lengths(mean=p["system"]),
             systems=int(p["systems"]),
-            message=Lengths(mean=p["message"]),
-            answer=Lengths(mean=p["output"]),
+            message=spread("message"),
+            answer=spread("output"),
             think_s=p["think"],
             seed=seed,
         )
@@ -298,8 +357,8 @@ def _generated(traffic: Traffic, n: int, seed: int) -> RequestTable:
         passages=int(p["passages"]),
         per_request=int(p["chunks"]),
         passage=Lengths(mean=p["tokens"]),
-        question=Lengths(mean=p["question"]),
-        output=Lengths(mean=p["output"]),
+        question=spread("question"),
+        output=spread("output"),
         zipf_a=p["zipf"],
         sharing=traffic.shared,
         seed=seed,

@@ -25,8 +25,10 @@ from .kernel_bounds import band_row
 from .question import LIMITS, Question, runner
 from .trial import Trial
 
-ROW_VERSION = 5
+ROW_VERSION = 6
 """Of what a row holds: a journal with rows of another is not taken."""
+FULL = 4
+"""A run that has more than its requests over this in the system at a time is not a steady state."""
 
 
 def task_of(question: Question, candidate: Candidate) -> dict[str, Any]:
@@ -150,12 +152,26 @@ def _policy(question: Question, candidate: Candidate) -> ReusePolicy:
 def _note(question: Question, candidate: Candidate, found: Capacity) -> str:
     """What a reader should know of a capacity: what the runs could not show, what is not loaded."""
     notes = []
-    if found.at_least or any(_is_cut(question, t) for t in found.trials):
+    at = found.at_capacity().metrics
+    if at["littles_law"][0] > at["n_requests"] / FULL:
+        notes += [
+            f"runs are too short: {at['littles_law'][0]:.0f} of {at['n_requests']} requests are in "
+            "the system at a time; longer ones may show less, --max-requests makes them"
+        ]
+    elif found.at_least and question.traffic.is_trace:
+        notes += ["at least: the trace is too short for its conversations to show a higher rate"]
+    elif found.at_least or any(_is_cut(question, t) for t in found.trials):
         most = question.length.max_requests
         notes += [
             f"at least: runs of {most} requests cannot show a higher rate, --max-requests can"
         ]
-    share = found.at_capacity().metrics["unloaded_share"]
+    whole, shown = question.traffic.n_whole, at["n_requests"] * len(found.seeds)
+    if whole and shown < whole / 2:
+        notes += [
+            f"runs hold {100 * shown / whole:.2g} % of the trace; --seeds and --max-requests show "
+            "more"
+        ]
+    share = at["unloaded_share"]
     if share > 0:
         notes += [
             f"{100 * share:.2g} % of prompt tokens are computed although a tier holds them: "
@@ -215,16 +231,16 @@ def best(
     """The cheapest that does it; without prices, the fewest replicas or the highest capacity.
 
     If `sure`, at the unfavourable end of its interval: what is cheap only if a wide interval turns
-    out well does not win.
+    out well does not win. Of equals, the one that was named first.
     """
     able = [r for r in rows if not r["why_not"]]
     priced = [r for r in able if r["usd_per_h"] is not None]
     if not able:
         return None
-    return min(priced or able, key=lambda r: (*_cost(r, target, sure), r["name"]))
+    return min(priced or able, key=lambda r: cost_of(r, target, sure))
 
 
-def _cost(row: Mapping[str, Any], target: bool, sure: bool) -> tuple[float, float]:
+def cost_of(row: Mapping[str, Any], target: bool, sure: bool) -> tuple[float, float]:
     """Dollars (per hour for the target, or per million tokens; 1 without a price), then slowness.
 
     What is not known to do it at the unfavourable end costs without limit there.

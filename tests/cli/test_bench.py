@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +116,14 @@ def test_errors_are_one_line(run: Run, args: tuple[object, ...], words: str) -> 
     assert status == 2 and not out and len(said) == 1 and words in said[0]
 
 
+def _state(pid: int) -> bytes:
+    """What /proc says of a process; nothing once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[0]
+    except OSError:
+        return b"Z"
+
+
 class TestSuite:
     """`bench gpu`."""
 
@@ -123,8 +136,9 @@ class TestSuite:
         found = gpu_suite.steps("cuda", Path("results/nvidia-h200"))
         names = [s.name for s in found]
         assert names[0] == "correctness" and len(names) == len(set(names))
-        loop = ["calibrate", "tune", "run", "grid", "fidelity"]
-        assert names[-5:] == [f"loop-{name}" for name in loop]
+        assert list(gpu_suite.ORDER) == names[: len(gpu_suite.ORDER)]
+        loop = ["loop-calibrate", "loop-tune", "loop-run", "loop-fidelity", "loop-grid"]
+        assert [name for name in names if name in loop] == loop
         for step in found[1:]:
             assert "cuda" in step.argv and any("results/nvidia-h200" in w for w in step.argv)
 
@@ -152,9 +166,33 @@ class TestSuite:
             assert status == 0, (step.name, err)
 
     def test_a_step_that_takes_too_long_is_ended(self, tmp_path: Path) -> None:
-        slow = Step("slow", ("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"))
-        status, seconds = gpu_suite.run_step(slow, tmp_path / "slow.log", limit_s=0.5)
-        assert status == "over 0 s" and seconds < 20
+        code = "import tempfile, time; print(tempfile.mkdtemp()); time.sleep(60)"
+        slow = Step("slow", ("timeit", "-n", "1", "-r", "1", code))
+        status, seconds = gpu_suite.run_step(slow, tmp_path / "slow.log", limit_s=1.5)
+        assert status == "over 2 s" and seconds < 20
+        left = Path((tmp_path / "slow.log").read_text().splitlines()[0])
+        assert left.parent == tmp_path / "tmp" and not left.exists()
+
+    def test_a_step_ends_with_the_one_who_ends_the_suite(self, tmp_path: Path) -> None:
+        """It is no session of its own, which nobody would clear away from a shared machine."""
+        code = "import os, time; print(os.getpid(), os.getsid(0), flush=True); time.sleep(60)"
+        step = f"Step('slow', ('timeit', '-n1', '-r1', {code!r}))"
+        script = (
+            "from pathlib import Path; from cachetune.cli.gpu_suite import Step, run_step; "
+            f"run_step({step}, Path({str(tmp_path)!r}) / 'log')"
+        )
+        suite = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+        assert suite.stderr is not None
+        pid, session = map(int, suite.stderr.readline().split())
+        assert session == os.getsid(0)
+        suite.terminate()
+        assert suite.wait(20) == 128 + signal.SIGTERM
+        for _ in range(200):
+            if not Path(f"/proc/{pid}").exists() or b"Z" in _state(pid):
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("the step goes on")
 
     def test_done_steps_are_skipped_until_their_command_changes(self, tmp_path: Path) -> None:
         stamps, step = Stamps(tmp_path), Step("one", ("platform",))
@@ -166,29 +204,59 @@ class TestSuite:
         stamps.write(step, "exit 1", seconds)
         assert stamps.read(step) is None
 
+    def test_what_has_no_time_is_left_to_the_next_call(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        limits: list[float] = []
+
+        def runs(step: Step, log: Path, limit_s: float) -> tuple[str, float]:
+            limits.append(limit_s)
+            return f"over {limit_s:.0f} s", limit_s
+
+        monkeypatch.setattr(gpu_suite, "STAMPS", tmp_path)
+        monkeypatch.setattr(gpu_suite, "run_step", runs)
+        monkeypatch.setattr(gpu_suite, "DRY_RUN", tmp_path / "out")
+        status, out, _ = run("bench", "gpu", "--within-s", "20")
+        assert status == 0 and not limits and not json.loads(out.splitlines()[-1])["failed"]
+        status, _, _ = run("bench", "gpu", "--within-s", "100", "--step", "correctness,io")
+        assert status == 0 and len(limits) == 2 and all(90 < n <= 100 for n in limits)
+        kept = json.loads((tmp_path / "out" / "steps.json").read_text())
+        assert {s["status"] for s in kept["steps"]} == {"to do"}
+        assert run("bench", "gpu", "--step", "io")[0] == 1 and limits[-1] == gpu_suite.LIMIT_S
+
     def test_a_failed_step_hides_none_of_the_later_ones(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         ran = []
 
-        def fails(step: Step, log: Path) -> tuple[str, float]:
+        def fails(step: Step, log: Path, limit_s: float) -> tuple[str, float]:
             ran.append(step.name)
-            return "ok" if step.name == "io" else "exit 1", 0.1
+            if step.name != "io":
+                return "exit 1", 0.1
+            out.mkdir(exist_ok=True)
+            Path(step.argv[step.argv.index("--out") + 1]).write_text("{}")
+            return "ok", 0.1
+
+        out = tmp_path / "out"
 
         monkeypatch.setattr(gpu_suite, "STAMPS", tmp_path)
         monkeypatch.setattr(gpu_suite, "run_step", fails)
-        monkeypatch.setattr(gpu_suite, "DRY_RUN", tmp_path / "out")
-        status, out, err = run("bench", "gpu")
-        names = [s.name for s in gpu_suite.steps("cpu", tmp_path / "out")]
+        monkeypatch.setattr(gpu_suite, "DRY_RUN", out)
+        status, said, err = run("bench", "gpu")
+        names = [s.name for s in gpu_suite.steps("cpu", out)]
         assert status == 1 and ran == names and "no figure of this run counts" in err
-        failed = json.loads(out.splitlines()[-1])["failed"]
+        failed = json.loads(said.splitlines()[-1])["failed"]
         assert failed == [name for name in names if name != "io"]
-        kept = json.loads((tmp_path / "out" / "steps.json").read_text())
+        kept = json.loads((out / "steps.json").read_text())
         assert kept["provenance"]["commit"]
         assert {s["step"]: s["status"] for s in kept["steps"]}["io"] == "ok"
         ran.clear()
         run("bench", "gpu")
         assert ran == failed
+        (out / "io.json").unlink()  # a stamp without its result is worth nothing
+        ran.clear()
+        run("bench", "gpu")
+        assert ran == names
 
 
 def test_grid_and_serve_share_a_profile() -> None:

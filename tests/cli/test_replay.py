@@ -98,3 +98,46 @@ def test_what_cannot_be_is_one_line(
     assert (status, out) == (2, "")
     assert says in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_replay_takes_the_machine_and_the_engine_of_a_question(
+    run: Run, trace: Path, tmp_path: Path
+) -> None:
+    ours = tmp_path / "ours.json"
+    ours.write_text(json.dumps({"gpus": {"H100-SXM": {"memory_bytes": 2.5e10}}}))
+    base = json.loads(run("replay", trace)[1].splitlines()[-1])
+    for more, differs in (
+        (("--weights", "fp8"), "ttft_ms_p50"),
+        (("--max-num-batched-tokens", 512), "ttft_ms_p99"),
+        (("--max-num-seqs", 1, "--scale-rate", 100), "queue_ms_p99"),
+    ):
+        status, out, err = run("replay", trace, *more)
+        assert status == 0 and json.loads(out.splitlines()[-1])[differs] != base[differs], err
+    status, _, err = run("replay", trace, "--gpu-memory-utilization", 0.2)
+    assert status == 2 and "short per GPU" in err
+    status, _, err = run("replay", trace, "--dram-gib", 8)
+    assert status == 2 and "DRAM must be above the 32 GiB" in err
+    assert run("replay", trace, "--catalogue", ours)[0] == 0
+    status, _, err = run("replay", trace, "--catalogue", ours, "--gpu-memory-utilization", 0.7)
+    assert status == 2 and "short per GPU" in err
+
+
+def test_classes_have_levels_and_priorities_of_their_own(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"arrival_s": 0.0, "prompt_tokens": 4000, "output_tokens": 4,
+         "slo_class": "chat" if i % 2 else "batch"} for i in range(60)
+    ]  # fmt: skip
+    trace = tmp_path / "classes.jsonl"
+    trace.write_text("\n".join(json.dumps(r) for r in rows))
+    levels = ("--slo", "ttft_ms=1e6,tpot_ms=1e6", "--class-slo", "chat:ttft_ms=3000,tpot_ms=1e6")
+    fair, first = (
+        json.loads(run("replay", trace, *levels, *more)[1].splitlines()[-1])["good_share"]
+        for more in ((), ("--priority", "chat"))
+    )
+    assert fair["batch"] == first["batch"] == 1.0
+    assert fair["chat"] < 0.8 and first["chat"] > fair["chat"] + 0.15
+    for wrong in (("--class-slo", "video:ttft_ms=1,tpot_ms=1"), ("--priority", "video")):
+        status, _, err = run("replay", trace, *wrong)
+        assert status == 2 and "classes are 'batch', 'chat'" in err
+    status, _, err = run("replay", trace, "--class-slo", "chat:ttft_ms=1")
+    assert status == 2 and "ttft_ms and tpot_ms" in err

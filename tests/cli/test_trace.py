@@ -78,6 +78,7 @@ def test_make(
         ("make", "plain", "--bursts", "1:2"),
         ("make", "rag", "--sharing", "2"),
         ("make", "plain", "--rate-rps", "0"),
+        ("stats", "--rate-rps", "2"),
     ],
 )
 def test_bad_options_write_nothing(
@@ -88,3 +89,9 @@ def test_bad_options_write_nothing(
     with pytest.raises(WorkloadError) as caught:
         run(capsys, *args, *more)
     assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_a_trace_is_not_written_over_its_source(capsys: pytest.CaptureFixture[str], trace: Path):
+    with pytest.raises(WorkloadError, match="not written over its source"):
+        run(capsys, "convert", trace, "--out", trace.parent / "." / trace.name)
+    assert trace.read_text() == ROWS

@@ -18,6 +18,11 @@ from typing import Any
 import pytest
 from cachetune.cli import main
 from cachetune.cli.console import progress_bar
+from cachetune.cli.whatif_run import _answer
+from cachetune.core.model_presets import model_preset
+from cachetune.core.workload import Slo
+from cachetune.tuner.question import Question
+from cachetune.tuner.traffic import Traffic
 
 from .file_cases import Run
 
@@ -129,6 +134,17 @@ def test_the_page_answers_and_filters_in_a_browser(answered: Path):
         (("--traffic", "rag:passage=3"), "got 'passage=3'"),
         (("--traffic", "nothing.jsonl"), "regular file"),
         (("--traffic", "rag:chunks=8,tokens=20000"), "positions of the model"),
+        (("--traffic", "rag:chunks=2.5"), "chunks of the traffic must be a whole number"),
+        (("--traffic", "rag:chunks=50,passages=10"), "a prompt holds different passages"),
+        (("--traffic", "chat:think=1e30"), "a pause is from 0"),
+        (("--ids", "hash"), "ids: Input should be 'prefix' or 'content'"),
+        (("--dram-gib", "nan"), "DRAM must be above zero"),
+        (("--dram-gib", "16"), "DRAM must be above the 32 GiB of the host"),
+        (("--max-num-batched-tokens", "64"), "must not be below max_num_seqs, got 64 < 256"),
+        (("--disk", ""), "name at least one of each"),
+        (("--what-if", "shared=2"), "what if shared=2: shared"),
+        (("--what-if", "dram_gib=nan"), "dram_gib must be above zero"),
+        (("--what-if", "dram_gib=16"), "what if dram_gib=16: DRAM must be above"),
         (("--policy", "magic"), "the candidate: policy"),
         (("--format", "int3"), "the candidate: stored"),
         (("--weights", "int4"), "weights must be bfloat16 or fp8"),
@@ -159,6 +175,43 @@ def test_bad_input_is_one_line(options: tuple[str, str], says: str, run: Run, tm
     )
     last = err.strip().splitlines()[-1]
     assert status == 2 and last.startswith("cachetune: ") and says in last, err
+
+
+def test_a_generator_needs_no_colon(run: Run, tmp_path: Path):
+    answers = []
+    for text in ("rag", "rag:"):
+        out = tmp_path / str(len(text))
+        argv = [*SMALL, "--traffic", text, "--seeds", "1", "--max-requests", "60"]
+        assert run(*argv, "--what-if", "", "--out", out)[0] == 0
+        answers.append((out / "whatif.json").read_bytes())
+    assert answers[0] == answers[1]
+
+
+def test_a_request_of_a_trace_beyond_the_context_is_told(run: Run, tmp_path: Path):
+    """Wherever it stands, also behind what the runs would have shown."""
+    row = {"input_length": 500, "output_length": 20, "hash_ids": [1]}
+    rows = [{"timestamp": 100 * i, **row} for i in range(900)]
+    rows[800]["input_length"] = 140_000
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    status, _, err = run(*SMALL, "--seeds", "1", "--traffic", trace, "--out", tmp_path)
+    assert status == 2 and "131072 positions of the model, got 140020 tokens" in err
+    status, _, err = run("replay", trace)
+    assert status == 2 and "131072 positions of the model, got 140020 tokens" in err
+
+
+def test_what_costs_the_same_is_not_called_cheaper():
+    row = {"why_not": "", "usd_per_h": 1.0, "low_rps": 9.0, "capacity_rps": 10.0, "replicas": 2,
+           "kernels": "measured", "usd_per_mtok": 0.1, "fleet_usd_per_h": 2.0, "limit": "",
+           "at_least": False, "high_rps": 11.0}  # fmt: skip
+    sure = {**row, "name": "sure", "fingerprint": "a", "replicas_high": 2}
+    same = {**row, "name": "same", "fingerprint": "b", "replicas_high": 3, "capacity_rps": 10.5}
+    less = {**same, "name": "less", "replicas": 1, "fleet_usd_per_h": 1.0}
+    traffic = Traffic(text="rag:rate=3")
+    slo = Slo(ttft_ms=1, tpot_ms=1)
+    question = Question(model=model_preset("Llama-3.1-8B"), slo=slo, traffic=traffic, target_rps=15)
+    assert _answer(question, [sure, same], sure, [])["aside"] == ""
+    assert _answer(question, [sure, less], sure, [])["aside"].startswith("Cheaper, if")
 
 
 def test_a_machine_without_a_price_is_answered_without_cost(run: Run, tmp_path: Path):

@@ -185,7 +185,7 @@ def test_filters(tmp_path: Path):
     [
         ("mooncake", '{"timestamp": 0, "input_le', "one JSON object"),
         ("mooncake", "[1]\n", "first line shows the format"),
-        ("mooncake", "", "first line shows the format"),
+        ("mooncake", "", "at least one request, got 0 in"),
         ("azure", "a,b\n", "first line shows the format"),
         ("azure", samples.AZURE + "2023-11-16 18:17:05,5\n", "3 columns, got 2 in line 4"),
         ("azure", samples.AZURE + "2023-11-16 18:17:03,5,5\n", "backwards"),
@@ -197,6 +197,16 @@ def test_filters(tmp_path: Path):
         ("vllm_bench", lines({"input_lens": [1]}), "--save-detailed"),
         ("vllm_bench", lines({"input_lens": [1], "output_lens": []}), "equal lengths"),
         ("aiperf", lines({"session_id": "a", "text_input": "hi"}), "tokenizer"),
+        (
+            "aiperf",
+            lines(
+                *(
+                    {"session_id": "a", "input_length": 1, "output_length": 1, "timestamp": t}
+                    for t in (5, 4)
+                )
+            ),
+            "session's last one.*in line 2",
+        ),
         ("aiperf", lines({"session_id": "a", "input_length": 1, "output_length": 1}), "a rate"),
     ],
 )
@@ -286,3 +296,28 @@ def test_no_file(tmp_path: Path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(WorkloadError, match="regular file"):
             read_trace(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path):
+    path = samples.write_sample("mooncake", tmp_path)
+    plain = read_trace(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert (read_trace(path).arrival_ns == plain.arrival_ns).all()
+
+
+def test_a_rate_is_for_traces_without_times(tmp_path: Path):
+    with pytest.raises(WorkloadError, match="has times; leave it out"):
+        read(tmp_path, "mooncake", rate_rps=2.0)
+    row = {"input_lens": [1, 2], "output_lens": [1, 2]}
+    for rate in (0.0, float("nan"), -1.0):
+        with pytest.raises(WorkloadError, match="a rate of"):
+            read(tmp_path, "vllm_bench", lines(row), rate_rps=rate)
+
+
+def test_contents_are_not_to_be_had_from_prefixes(tmp_path: Path):
+    write_trace(read(tmp_path, "mooncake"), tmp_path / "ours")
+    assert read_trace(tmp_path / "ours").chained
+    with pytest.raises(WorkloadError, match=r"ids of contents.*ours are chained"):
+        read_trace(tmp_path / "ours", ids="content")
+    write_trace(read(tmp_path, "mooncake", ids="content"), tmp_path / "contents")
+    assert not read_trace(tmp_path / "contents", ids="content").chained

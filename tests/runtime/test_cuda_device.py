@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,3 +143,51 @@ def test_a_stream_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = [one.stream(name) for name in names]
     assert [one.stream(name) for name in names] == first
     assert made == [0, -1, -1, 0]
+
+
+def test_nothing_is_collected_during_a_capture(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver refuses to let go of pages and graphs then, and the capture is lost."""
+    seen: list[object] = []
+
+    @contextmanager
+    def graph(made: object, *, stream: str, capture_error_mode: str) -> Iterator[None]:
+        seen.append((made, stream, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(device, "stream", lambda name: SimpleNamespace(torch=name))
+    assert device.capture(lambda: seen.append(gc.isenabled())) == "graph"
+    assert seen == [("graph", "capture", "thread_local"), False] and gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        device.capture(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    assert gc.isenabled()
+
+
+def test_attention_goes_on_without_cudnn(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it has no plan for a prompt; other errors are passed on."""
+    asked: list[bool] = []
+    why = "cuDNN Frontend error: No valid execution plans built."
+
+    def attention(self: Device, *args: object) -> str:
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        if asked[-1]:
+            raise RuntimeError(why)
+        return "done"
+
+    monkeypatch.setattr(Device, "attention", attention)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        assert device.attention(*[None] * 6) == "done"  # type: ignore[arg-type]
+        assert asked == [True, False] and "No valid" in caplog.text
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        why = "an illegal memory access"
+        with pytest.raises(RuntimeError, match="illegal"):
+            device.attention(*[None] * 6)  # type: ignore[arg-type]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from cachetune.runtime.cuda_graphs import BUCKETS
 from cachetune.runtime.device import Device, DeviceError, joined, open_device
 from cachetune.runtime.kv_slab import SCRATCH_SLOTS, SlabPool
 from cachetune.runtime.runner import Runner, RunResult
+from cachetune.runtime.tiers import TierConfig
 from cachetune.runtime.transformer import Transformer
 from fake_cuda import FakeCuda, FakeStream, OnDevice, there
 
@@ -115,6 +118,27 @@ def test_a_dependency_that_is_not_followed_is_seen(
     monkeypatch.setattr(FakeStream, "follow", lambda self, mark: None)
     with pytest.raises(AssertionError, match="restore of host tensors"):
         executed(gpu, workload, plan)
+
+
+def test_a_closed_runner_holds_no_memory_of_the_device(tmp_path: Path) -> None:
+    """Not until garbage is collected: the next runner may have no room beside it."""
+    tiers = (*TIERS, TierConfig("hbm", "device"))
+    runner = Runner(
+        make_twins("llama")[0], tmp_path, tiers, device=FakeCuda(), kv_capacity_tokens=2048
+    )
+    executed(runner, prompt_workload(PROMPTS, 3), plan_with("cachetune", 0.3), "hbm")
+    gc.disable()
+    try:
+        slab, chunks = runner.stages.pool.slab, runner.store._catalog.on_device
+        held = [weakref.ref(x) for x in (slab, slab.k, *chunks.values())]
+        assert len(held) > 2
+        del slab, chunks
+        runner.device.graphs.clear()  # the simulated device keeps what it recorded
+        runner.close()
+        runner.close()
+        assert not [x for x in held if x() is not None]
+    finally:
+        gc.enable()
 
 
 def unannounced(result: RunResult) -> Counter[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,27 @@ def test_pieces_arrive_by_the_kernel_and_by_the_copy_engine(size: int) -> None:
     device.synchronise("test")
     assert torch.equal(out.cpu(), want) and torch.equal(by_kernel.cpu(), want)
     assert 8192 <= device.copy_from_bytes <= 1 << 20
+
+
+def test_threads_launch_the_gather_for_the_first_time_at_once() -> None:
+    """A row size that nothing else has, so that none of them finds the kernel ready."""
+    from cachetune.kernels.gather_host import gather_host
+
+    width, n = 3 * 4096 + 8, 64
+    source = torch.randint(0, 255, (n, width), dtype=torch.uint8).pin_memory()
+    rows, barrier = torch.arange(n).flip(0), threading.Barrier(8)
+
+    def gather(_: int) -> torch.Tensor:
+        stream, out = torch.cuda.Stream(), torch.zeros(n, width, dtype=torch.uint8, device="cuda")
+        stream.wait_stream(torch.cuda.current_stream())
+        barrier.wait(20)
+        with torch.cuda.stream(stream):
+            gather_host(source, rows, out, "kernel")
+        stream.synchronize()
+        return out.cpu()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(found, source.flip(0)) for found in pool.map(gather, range(8)))
 
 
 @pytest.mark.parametrize("stored", ["int8", "int4", "int3", "int2"])

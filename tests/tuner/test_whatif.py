@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cachetune.core.arrivals import Arrivals, closed_loop
 from cachetune.core.catalogue import Catalogue, load_catalogue
-from cachetune.core.errors import CacheTuneError, ProfileError, WorkloadError
+from cachetune.core.errors import CacheTuneError, ProfileError
 from cachetune.core.machine_spec import compose
 from cachetune.core.memory_sum import NCCL_BYTES
 from cachetune.core.model_presets import model_preset
 from cachetune.core.model_spec import ModelSpec
 from cachetune.core.rng import rng
+from cachetune.core.trace_files import write_trace
+from cachetune.core.trace_make import rag_table
 from cachetune.core.units import GIB
 from cachetune.core.workload import Slo
 from cachetune.simulator.gpu_sheet import gpu_sheet
@@ -23,10 +26,9 @@ from cachetune.tuner.capacity import find_capacity
 from cachetune.tuner.evaluate import RunLength, evaluate, falls_behind
 from cachetune.tuner.fleet_size import fleet_row
 from cachetune.tuner.overload import BEHIND_MAX
-from cachetune.tuner.question import Question, runner
-from cachetune.tuner.sensitivity import KNOBS, changes, default_changes
-from cachetune.tuner.trace_study import Space, StudyQuestion, front, trace_study
-from cachetune.tuner.traffic import Traffic, apart, rate_of, traffic_of
+from cachetune.tuner.question import RAMP, Question, runner
+from cachetune.tuner.sensitivity import KNOBS, changes, default_changes, effects, tasks
+from cachetune.tuner.traffic import Traffic, apart, traffic_of
 from cachetune.tuner.warm_start import latest_first, warm_snapshot
 from cachetune.tuner.whatif import best, pareto, plan, task_of
 
@@ -48,27 +50,6 @@ def candidate(catalogue: Catalogue) -> Candidate:
     return Candidate(machine=machine)
 
 
-@pytest.mark.parametrize("text", [RAG.text, "chat:"])
-def test_runs_at_all_rates_see_the_same_requests(text: str):
-    traffic = traffic_of(text)
-    slow, fast = traffic.table(200, 1.0, seed=5), traffic.table(350, 40.0, seed=5)
-    # Conversations come at the rate; their pauses stay, so that few requests last as long.
-    begin_slow, begin_fast = (t.arrival_ns[t.after < 0] for t in (slow, fast))
-    n = len(begin_slow)
-    assert begin_fast[:n] == pytest.approx(begin_slow / 40.0, abs=1)
-    if text == RAG.text:
-        assert rate_of(slow) == pytest.approx(1.0, rel=0.2)
-        assert rate_of(fast) == pytest.approx(40.0, rel=0.2)
-    assert (slow.prompt_tokens == fast.prompt_tokens[:200]).all()
-    assert (slow.chunk_ids == fast.chunk_ids[: len(slow.chunk_ids)]).all()
-    other = traffic.table(200, 1.0, seed=6)
-    assert (slow.prompt_tokens != other.prompt_tokens).any() or (
-        slow.chunk_ids != other.chunk_ids
-    ).any()
-    for table in (slow, fast, traffic.replace(shared=0.5).table(200, 1.0, 5)):
-        table.check()
-
-
 def test_windows_that_show_nothing_new_do_not_run(bursty: Traffic, model: ModelSpec):
     """A window of 400 of 600 requests judges 53 %: three of them see all, five of 150 do not."""
     length = RunLength(horizon_s=100, min_requests=100, max_requests=400)
@@ -76,40 +57,6 @@ def test_windows_that_show_nothing_new_do_not_run(bursty: Traffic, model: ModelS
     assert apart([0]) == 1.0 and apart([0, 1, 2]) == pytest.approx(0.382, abs=1e-3)
     assert question.seeds_at(4.0) == (0, 1, 2) and question.seeds_at(1.0) == (0, 1, 2, 3, 4)
     assert question.replace(traffic=RAG).seeds_at(4.0) == question.seeds
-
-
-def test_sharing_less_makes_more_different_chunks():
-    for text in (RAG.text, "chat:systems=3"):
-        different = [
-            len(np.unique(traffic_of(text, shared=share).table(150, 1.0, 0).chunk_ids))
-            for share in (1.0, 0.5, 0.0)
-        ]
-        assert different[0] < different[1] < different[2]
-
-
-def test_a_trace_is_cut_into_windows_and_known_by_its_bytes(tmp_path: Path):
-    path = tmp_path / "trace.jsonl"
-    rows = [
-        {"timestamp": 100 * i, "input_length": 600 + i, "output_length": 5, "hash_ids": [i, i + 1]}
-        for i in range(9000)
-    ]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    traffic = traffic_of(str(path))
-    assert traffic.rate_rps == pytest.approx(10.0, rel=1e-3) and len(traffic.digest) == 64
-    starts = sorted(int(traffic.table(50, 2.0, seed).prompt_tokens[0]) for seed in range(5))
-    gaps = np.diff([*starts, starts[0] + 9000])
-    assert starts[0] == 600 and gaps.min() > 1200  # five windows, far apart
-    late = traffic.table(9000, 2.0, 1)
-    assert sorted(late.prompt_tokens.tolist()) == list(range(600, 9600))  # goes on at the beginning
-    assert (np.diff(late.arrival_ns) > 0).all()
-    before = traffic.before(50, 1)
-    assert before is not None and traffic.before(50, 0) is None
-    assert before.prompt_tokens[-1] + 1 == late.prompt_tokens[0]
-    assert set(before.chunk_ids.tolist()) < set(late.chunk_ids.tolist())  # the same names
-    assert rate_of(traffic.table(50, 2.0, 0)) == pytest.approx(2.0, rel=0.05)
-    path.write_text(path.read_text().replace('"output_length": 5', '"output_length": 0', 1))
-    with pytest.raises(WorkloadError, match="line 1"):
-        traffic_of(str(path))
 
 
 def test_warm_tiers_hold_what_was_used_last(candidate: Candidate, model: ModelSpec):
@@ -350,9 +297,51 @@ def test_runs_of_conversations_do_not_show_rates_that_they_cannot(
     question = Question(
         model=model, slo=SLO, traffic=chat, seeds=(0,), length=SHORT, kernel_band=False
     )
-    assert question.most_rps == 8.0 and question.replace(traffic=RAG).most_rps > 1e4
+    most = RAMP * SHORT.max_requests / chat.ramp_s
+    assert question.most_rps == most and question.replace(traffic=RAG).most_rps > 1e4
     row = plan(task_of(question, candidate))
-    assert row["capacity_rps"] == 8.0 and row["note"].startswith("at least")
+    assert row["capacity_rps"] == most and row["note"].startswith("at least")
+    fp8 = changes("weights=fp8")
+    (effect,) = effects(fp8, [row], row, question.attainment)  # either may be as high as it likes
+    assert effect["ratio"] is None and "too short" in effect["why_not"]
+
+
+def test_runs_that_hold_little_of_a_trace_say_so(
+    candidate: Candidate, model: ModelSpec, tmp_path: Path
+):
+    write_trace(rag_table(2000, Arrivals(rate_rps=1.0), passages=99), tmp_path / "long.jsonl")
+    long = traffic_of(str(tmp_path / "long.jsonl"))
+    asked = Question(
+        model=model, slo=SLO, traffic=long, seeds=(0, 1), length=SHORT, kernel_band=False,
+        tolerance=0.2,
+    )  # fmt: skip
+    assert "runs hold 8 % of the trace" in plan(task_of(asked, candidate))["note"]
+    more = asked.replace(length=SHORT.replace(max_requests=800))
+    assert "of the trace" not in plan(task_of(more, candidate))["note"]
+
+
+def test_a_closed_loop_shows_the_rate_of_its_users_alone(
+    candidate: Candidate, model: ModelSpec, tmp_path: Path
+):
+    users = closed_loop(rag_table(40, Arrivals(rate_rps=1.0), passages=20), 2, 5.0, seed=0)
+    write_trace(users, tmp_path / "loop.jsonl")
+    loop = traffic_of(str(tmp_path / "loop.jsonl"))
+    question = Question(model=model, slo=SLO, traffic=loop, seeds=(0,), kernel_band=False)
+    assert loop.rate_rps is not None and 0.2 < loop.rate_rps < 0.6  # two users, 5 s each
+    row = plan(task_of(question, candidate))
+    assert row["capacity_rps"] < 1.0 and "the trace is too short" in row["note"]
+
+
+def test_runs_in_which_most_requests_meet_are_called_too_short(
+    candidate: Candidate, model: ModelSpec
+):
+    slow = Question(
+        model=model, slo=Slo(ttft_ms=1000, tpot_ms=50), traffic=RAG, seeds=(0,), length=SHORT,
+        kernel_band=False, tolerance=0.2,
+    )  # fmt: skip
+    short = slow.replace(traffic=traffic_of(RAG.text.replace("output=16", "output=400")))
+    row = plan(task_of(short, candidate))
+    assert row["note"].startswith("runs are too short") and "--max-requests" in row["note"]
 
 
 def test_very_many_replicas_are_counted_and_not_simulated(candidate: Candidate, model: ModelSpec):
@@ -365,13 +354,15 @@ def test_very_many_replicas_are_counted_and_not_simulated(candidate: Candidate, 
     assert found["fleet_usd_per_h"] == 20_000 and "by division" in found["note"]
 
 
-def test_a_study_is_the_same_whatever_the_number_of_workers(model: ModelSpec):
-    space = Space(gpus=("H100-SXM", "RTX-4090"), n_replicas=(1, 2), dram_gib=(64,))
-    question = StudyQuestion(
-        model=model, traffic=RAG, slo=SLO, n_requests=60, rate_rps=4.0, space=space, n_trials=24
-    )
-    study, rows = trace_study(question)
-    assert len(study.trials) == len(rows) == 24
-    assert trace_study(question, workers=2)[1] == rows
-    costs = [r["usd_per_h"] for r in front(rows)]
-    assert costs == sorted(costs) and 1 <= len(costs) <= len(study.best_trials)
+def test_another_gpu_brings_its_own_kernels_into_the_interval(
+    candidate: Candidate, model: ModelSpec, catalogue: Catalogue
+):
+    question = Question(model=model, slo=SLO, traffic=RAG, seeds=(0,), length=SHORT, tolerance=0.2)
+    base = plan(task_of(question, candidate))
+    asked = changes("gpu=GH200,ratio=0.15")
+    rows = [plan(task) for task in tasks(asked, question, candidate, catalogue)]
+    other, same = effects(asked, rows, base, question.attainment)
+    assert (same["low"], same["ratio"], same["high"]) == (1.0, 1.0, 1.0)
+    assert other["low"] < 0.8 * other["ratio"] and other["high"] > 1.2 * other["ratio"]
+    (open_end,) = effects(asked[:1], rows[:1], {**base, "kernels_low_rps": 0.0}, 0.99)
+    assert open_end["high"] is None
