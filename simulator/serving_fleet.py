@@ -70,6 +70,8 @@ class ReplicaSpec(Record):
     tiers: tuple[TierSpec, ...] = ()
     host_link_bytes_per_s: float | None = Field(default=None, gt=0)
     """Everything loaded passes it, whatever the tier; None: never the bottleneck."""
+    host_link_duplex: float = Field(default=1.0, gt=0, le=1)
+    """Share of that rate which is left to loads while chunks are written the other way."""
     loads_in_order: bool = False
     """Whether loads of a replica from one tier wait for each other, and its steps for loads, as on
     in-order streams; else loads share the tier's rate evenly and steps begin when they need not

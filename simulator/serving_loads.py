@@ -34,6 +34,7 @@ class Loads:
     def __init__(self, fleet: Fleet, cost: StepCost, push: Push) -> None:
         self._policy = fleet.policy
         self._host_rate = fleet.replica.host_link_bytes_per_s
+        self._duplex = fleet.replica.host_link_duplex
         self._budget = fleet.replica.limits.max_num_batched_tokens
         self._host_links = [Link() for _ in range(fleet.n_replicas)]
         self._cost = cost
@@ -105,9 +106,18 @@ class Loads:
         works: tuple[float, ...] = (seconds * NS_PER_S,)
         if self._host_rate is not None:
             links += (self._host_links[job.replica.index],)
-            works += (n_bytes / self._host_rate * NS_PER_S,)
+            works += (self._link_ns(n_bytes, tiers.own[0].write_free_ns if tiers.own else 0),)
         latency_ns = round(spec.latency_s * NS_PER_S)
         return Flow(job, job.load_id, tier, n_bytes, links, works, latency_ns)
+
+    def _link_ns(self, n_bytes: int, written_ns: int) -> float:
+        """On the host link alone; slower until what is written the other way has passed."""
+        assert self._host_rate is not None
+        alone_ns = n_bytes / self._host_rate * NS_PER_S
+        beside_ns = written_ns - self._now_ns
+        if beside_ns <= 0:
+            return alone_ns
+        return min(alone_ns / self._duplex, alone_ns + beside_ns * (1 - self._duplex))
 
     def _changed(self, flow: Flow) -> None:
         self._push(flow.end_ns, MOVED, flow, flow.version)

@@ -123,6 +123,7 @@ def make_fleet(
     tiers: Sequence[TierSpec] = (),
     limits: ServingLimits | None = None,
     host_link: float | None = None,
+    duplex: float = 1.0,
     reuse: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Fleet:
@@ -132,6 +133,7 @@ def make_fleet(
         limits=limits or ServingLimits(prefix_caching=False),
         tiers=tuple(tiers),
         host_link_bytes_per_s=host_link,
+        host_link_duplex=duplex,
     )
     return Fleet(policy=ReusePolicy(**{**options, **(reuse or {})}), replica=replica, **fields)
 

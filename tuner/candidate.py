@@ -213,11 +213,13 @@ class Candidate(Record):
             n_blocks=self.memory(model).n_blocks,
             block_size=self.engine.block_tokens,
         )
-        machine = self.machine
+        machine, link = self.machine, self.machine.link
+        both_ways = link.h2d_bytes_per_s.value + link.d2h_bytes_per_s.value
         replica = ReplicaSpec(
             limits=limits,
             tiers=tiers_of(machine, self.eviction) if self.reuses else (),
-            host_link_bytes_per_s=machine.link.h2d_bytes_per_s.value * machine.n_gpus,
+            host_link_bytes_per_s=link.h2d_bytes_per_s.value * machine.n_gpus,
+            host_link_duplex=min(1.0, link.duplex_bytes_per_s.value / both_ways),
         )
         policy = ReusePolicy(
             name=self.policy,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cachetune.simulator.serving import serve_trace
 from cachetune.simulator.serving_eviction import NEVER, order_of
+from cachetune.simulator.serving_fleet import TierSpec
 from cachetune.simulator.serving_jobs import Job, JobFeed
 from cachetune.simulator.serving_lru import Lru
 from cachetune.simulator.serving_replica import Replica
@@ -59,6 +60,17 @@ def test_host_link_is_shared_by_all_tiers() -> None:
     narrow = make_fleet(policy="full_reuse", tiers=[make_tier(rate=1e9)], host_link=1e3)
     assert serve_trace(table, fast, COST).ttft_ms[1] < 2
     assert serve_trace(table, narrow, COST).ttft_ms[1] == pytest.approx(64e3, rel=1e-4)
+
+
+@pytest.mark.parametrize(("write_rate", "load_s"), [(1e3, 64 + 63 / 2), (100.0, 128), (1e6, 64)])
+def test_loads_are_slower_while_chunks_are_written(write_rate: float, load_s: float) -> None:
+    """64 kB over 1 kB/s, of which half is left while 64 kB of another prompt go the other way."""
+    rows = [CHUNKS, [4, 5, 6, 7], CHUNKS]
+    table = make_table([65] * 3, [1] * 3, [0.0, 1000.0, 1001.0], rows, chained=True)
+    tier = TierSpec(name="dram", read_bytes_per_s=1e9, write_bytes_per_s=write_rate)
+    fleet = make_fleet(policy="full_reuse", tiers=[tier], host_link=1e3, duplex=0.5)
+    found = serve_trace(table, fleet, COST).ttft_ms[2] / 1e3
+    assert found == pytest.approx(load_s, abs=0.1)
 
 
 def test_decodes_go_on_while_others_load() -> None:
