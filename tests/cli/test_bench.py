@@ -181,7 +181,12 @@ class TestSuite:
             "from pathlib import Path; from cachetune.cli.gpu_suite import Step, run_step; "
             f"run_step({step}, Path({str(tmp_path)!r}) / 'log')"
         )
-        suite = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+        suite = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
         assert suite.stderr is not None
         pid, session = map(int, suite.stderr.readline().split())
         assert session == os.getsid(0)
