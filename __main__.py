@@ -12,6 +12,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("cachetune: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] == __package__:
+            raise
+        print(f"cachetune: the package {e.name} must be installed: see README.md", file=sys.stderr)
+        raise SystemExit(2) from None
     run()
 
 

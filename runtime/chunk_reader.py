@@ -242,7 +242,7 @@ class ChunkReader:
                 if where.name in self._catalog.find(key).tiers:
                     found = self._load(kept, where)
         if found is None:
-            self._catalog.find(key)  # evicted meanwhile: says so
+            self._catalog.find_again(key)  # evicted meanwhile: says so
             raise StoreError(
                 f"a chunk must be in memory to be read from tier '{where.name}'",
                 values=f"{key} in {', '.join(sorted(kept.tiers))}",

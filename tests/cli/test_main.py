@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -203,3 +204,18 @@ def test_progress_passes_items_through(capsys: pytest.CaptureFixture[str]) -> No
     assert list(console.progress([1, 2], "work")) == [1, 2]
     out, err = capsys.readouterr()
     assert not out and err == "work (2)\n"
+
+
+def test_a_package_that_is_missing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cachetune.__main__ import main
+
+    monkeypatch.delitem(sys.modules, "cachetune.cli.main", raising=False)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "cachetune: the package typer must be installed: see README.md\n"
+    )
