@@ -136,7 +136,7 @@ def compared(case: Case, traffic: Any, n_seeds: int) -> dict[str, Any]:
     )
     machine = compose(load_catalogue(), GPU, disk=DISK)
     candidate = Candidate(machine=machine, policy=case.policy)
-    candidate.fleet(question.model, question.slo)  # kernel tables are read once
+    question.fleet(candidate)  # kernel tables are read once
     began_s = process_time()
     run = runner(question, candidate, n_replicas=case.n_replicas)
     found = find_capacity(
@@ -169,12 +169,10 @@ def _whole(question: Question, candidate: Candidate, n_replicas: int) -> dict[st
 
     n = max(20, question.traffic.n_whole or 0)
     length = RunLength(min_requests=n, max_requests=n, warm_share=0)
-    model, slo, traffic = question.model, question.slo, question.traffic
+    fleet, cost = question.fleet(candidate, n_replicas), candidate.cost(question.model)
 
     def run(rate_rps: float, seed: int) -> Trial:
-        return evaluate(
-            candidate, model, slo, traffic, length, rate_rps, seed, n_replicas=n_replicas
-        )
+        return evaluate(fleet, cost, question.traffic, length, rate_rps, seed)
 
     began_s = process_time()
     search = RateSearch(run, question.attainment, (0,))

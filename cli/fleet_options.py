@@ -9,6 +9,13 @@ import typer
 
 Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
 Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms= and share= of requests that keep it.")]
+ClassSlo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Of a class: NAME:ttft_ms=,tpot_ms=; --slo holds for the others. Repeatable."
+    ),
+]
+Priority = Annotated[str, typer.Option(help="Classes that are admitted first, by commas.")]
 Gpus = Annotated[str, typer.Option(help="GPUs, by commas: `cachetune catalogue list`.")]
 Disks = Annotated[str, typer.Option(help="Disks, by commas; none for none.")]
 Networks = Annotated[str, typer.Option(help="Networks to a shared store, by commas; none.")]
@@ -29,4 +36,5 @@ DramGib = Annotated[float | None, typer.Option(help="DRAM of the host, GiB; defa
 Batch = Annotated[int, typer.Option(min=1, help="max_num_batched_tokens of the engine.")]
 Seqs = Annotated[int, typer.Option(min=1, help="max_num_seqs of the engine.")]
 Memory = Annotated[float, typer.Option(help="gpu_memory_utilization of the engine.")]
+Prices = Annotated[list[str] | None, typer.Option(help="NAME=USD_PER_H. Repeatable.")]
 Own = Annotated[Path | None, typer.Option(help="JSON laid over the shipped catalogue.")]

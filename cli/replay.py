@@ -34,13 +34,6 @@ _Format = Annotated[str, typer.Option(help="Of stored chunks: bf16, int8, int4, 
 _Eviction = Annotated[str, typer.Option(help="lru, lfu, cost, belady.")]
 _Weights = Annotated[str, typer.Option(help="bfloat16 or fp8.")]
 _Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms=: what counts as good.")]
-_Levels = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Of a class: NAME:ttft_ms=,tpot_ms=; --slo holds for the others. Repeatable."
-    ),
-]
-_Priority = Annotated[str, typer.Option(help="Classes that are admitted first, by commas.")]
 _Life = Annotated[int | None, typer.Option(help="A row whose life is written to --trace.")]
 _Trace = Annotated[Path, typer.Option(help="With --life: the Chrome trace.")]
 _Out = Annotated[Path | None, typer.Option(help="One row per request, CSV.")]
@@ -70,8 +63,8 @@ def command(
     gpu_memory_utilization: options.Memory = 0.9,
     catalogue: options.Own = None,
     slo: _Slo = "ttft_ms=1000,tpot_ms=50",
-    class_slo: _Levels = None,
-    priority: _Priority = "",
+    class_slo: options.ClassSlo = None,
+    priority: options.Priority = "",
     first: options.First = None,
     scale_rate: options.Scale = 1.0,
     ids: options.Ids = "prefix",
@@ -90,7 +83,7 @@ def command(
     from ..core.record import check_writable
     from ..core.workload import Slo
     from .replay_snapshot import check_one_replica
-    from .whatif_options import candidates, level
+    from .whatif_options import candidates, level, of_classes
 
     check_writable(out, trace if life is not None else None, snapshot_out)
     check_one_replica(snapshot_out, replicas)
@@ -107,28 +100,12 @@ def command(
     _check_row(life, len(table))
     longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
     chosen.check_fits(spec, rows, longest)
-    fleet = _with_classes(chosen.fleet(spec, asked, replicas), table, class_slo or [], priority)
+    levels, first_in = of_classes(class_slo or [], priority, table.classes)
+    fleet = chosen.fleet(spec, asked, replicas)
+    fleet = fleet.replace(slo={**fleet.slo, **levels}, priority=first_in)
     result, cpu_s = _served(table, fleet, chosen.cost(spec), snapshot, life, seed)
     _write_files(result, out, life, trace, snapshot_out)
     _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)
-
-
-def _with_classes(fleet: Fleet, table: RequestTable, levels: Sequence[str], priority: str) -> Fleet:
-    """The fleet with service levels and priorities of classes that the trace has."""
-    from ..core.errors import WorkloadError
-    from ..core.workload import Slo
-    from .whatif_options import level, names
-
-    slo = {name: Slo(**level(text)[0]) for name, _, text in (t.rpartition(":") for t in levels)}
-    first = tuple(names(priority))
-    for name in (*slo, *first):
-        if name not in table.classes:
-            raise WorkloadError(
-                "a class must be one of the trace",
-                values=repr(name),
-                remedy=f"its classes are {', '.join(map(repr, table.classes))}",
-            )
-    return fleet.replace(slo={**fleet.slo, **slo}, priority=first)
 
 
 def _served(

@@ -13,6 +13,7 @@ from ..core.errors import CacheTuneError
 from . import fleet_options as options
 
 if TYPE_CHECKING:
+    from ..core.catalogue import Catalogue
     from ..tuner.candidate import Candidate
     from ..tuner.trace_study import Space, StudyQuestion
 
@@ -57,19 +58,23 @@ def command(
     requests: _Requests = None,
     ids: options.Ids = "prefix",
     drop_empty: options.DropEmpty = False,
+    catalogue: options.Own = None,
+    price: options.Prices = None,
     trials: _Trials = 200,
     workers: _Workers = 1,
     seed: _Seed = 0,
     out: _Out = Path("build/fleet.json"),
 ) -> None:
     """Search fleets for a trace: hardware, policy, tiers, routing; cost against TTFT p99."""
+    from ..core.catalogue import load_catalogue
     from ..core.model_presets import model_of
     from ..core.record import check_writable
     from ..core.workload import Slo
     from ..tuner.trace_study import StudyQuestion
     from ..tuner.traffic import rate_of, traffic_of
-    from .whatif_options import level, made
+    from .whatif_options import level, made, with_prices
 
+    rows = with_prices(load_catalogue(catalogue), price or [])
     journal = out.with_suffix(".journal.jsonl")
     check_writable(out, journal)
     service, share = level(slo)
@@ -77,26 +82,25 @@ def command(
         "gpus": gpu, "policies": policy, "stored": format, "disks": disk, "networks": network,
         "dram_gib": dram_gib, "evictions": eviction, "routers": router, "batch_tokens": batch,
         "n_gpus": n_gpus, "n_replicas": replicas,
-    })  # fmt: skip
+    }, rows)  # fmt: skip
     spec = model_of(model)
     traffic = traffic_of(trace, ids=ids, zero_output="drop" if drop_empty else "refuse")
     table = traffic.table(requests or traffic.n_whole or DEFAULT_REQUESTS, 1.0, seed)
     fields = {"model": spec, "traffic": traffic, "slo": Slo(**service), "n_requests": len(table),
               "rate_rps": rate_rps if rate_rps is not None
               else traffic.rate_rps or rate_of(table), "space": chosen,
+              "catalogue": rows if catalogue or price else None,
               "n_trials": trials, "seed": seed}  # fmt: skip
     question = made(StudyQuestion, fields, "the study")
-    rows = _search(question, workers, journal)
-    _report(question, rows, share, out)
+    _report(question, _search(question, workers, journal), share, out)
 
 
-def _space(texts: Mapping[str, str]) -> Space:
+def _space(texts: Mapping[str, str], catalogue: Catalogue) -> Space:
     """What may be chosen.
 
     Raises:
         CacheTuneError: an unknown name, with the nearest; not a number; an empty list.
     """
-    from ..core.catalogue import load_catalogue
     from ..tuner.trace_study import Space
     from .whatif_options import candidates, made, names
 
@@ -128,7 +132,7 @@ def _space(texts: Mapping[str, str]) -> Space:
         {"policies": texts["policies"], "formats": texts["stored"]},
         {"routers": texts["routers"], "evictions": texts["evictions"]},
     ):
-        found = candidates(load_catalogue(), weights="bfloat16", ratio=0.15, overhead_ms=0.8,
+        found = candidates(catalogue, weights="bfloat16", ratio=0.15, overhead_ms=0.8,
                            **{**one, **given})  # fmt: skip
     for candidate in found:
         _check_price(candidate)
@@ -140,7 +144,7 @@ def _check_price(candidate: Candidate) -> None:
         raise CacheTuneError(
             "the fleets of a study need a price",
             values=f"none with a date and source for {candidate.machine.gpu.name}",
-            remedy="leave that GPU out, or ask `cachetune whatif`, which takes --price",
+            remedy=f"leave that GPU out, or pass --price {candidate.machine.gpu.name}=USD_PER_H",
         )
 
 

@@ -36,7 +36,6 @@ _Horizon = Annotated[float, typer.Option(min=1, help="Seconds of traffic in a ru
 _MaxRequests = Annotated[int, typer.Option(min=20, help="Most requests in a run.")]
 _Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 _Backend = Annotated[str, typer.Option(help="processes, or ray for a cluster.")]
-_Price = Annotated[list[str] | None, typer.Option(help="NAME=USD_PER_H. Repeatable.")]
 _Fresh = Annotated[bool, typer.Option(help="Begin again; else what --out holds is taken.")]
 _Out = Annotated[Path, typer.Option(help="Folder of table, JSON, page and journal.")]
 
@@ -45,6 +44,8 @@ def command(
     model: options.Model = "Llama-3.1-8B",
     traffic: _Traffic = "rag:",
     slo: options.Slo = "ttft_ms=1000,tpot_ms=50,share=0.99",
+    class_slo: options.ClassSlo = None,
+    priority: options.Priority = "",
     gpu: options.Gpus = "H100-SXM,L40S",
     n_gpus: _Counts = "1",
     stages: _Stages = "1",
@@ -65,7 +66,7 @@ def command(
     workers: _Workers = 1,
     backend: _Backend = "processes",
     catalogue: options.Own = None,
-    price: _Price = None,
+    price: options.Prices = None,
     max_num_batched_tokens: options.Batch = 8192,
     max_num_seqs: options.Seqs = 256,
     gpu_memory_utilization: options.Memory = 0.9,
@@ -79,7 +80,7 @@ def command(
     from ..core.catalogue import load_catalogue
     from ..core.record import check_writable
     from ..tuner.traffic import traffic_of
-    from .whatif_options import candidates, with_prices
+    from .whatif_options import candidates, of_classes, with_prices
     from .whatif_run import run
 
     rows = with_prices(load_catalogue(catalogue), price or [])
@@ -107,7 +108,9 @@ def command(
     )
     comes = traffic_of(traffic, ids=ids, zero_output="drop" if drop_empty else "refuse")
     check_writable(out / "whatif.json")
+    levels, first = of_classes(class_slo or [], priority, comes.classes)
     question = _question(model, slo, comes, target_rps, seeds, horizon, max_requests)
+    question = question.replace(class_slo=levels, priority=first)
     run(question, chosen, rows, what_if, workers, backend, out, fresh)
 
 

@@ -10,6 +10,7 @@ from ..core.errors import CacheTuneError
 
 if TYPE_CHECKING:
     from ..core.catalogue import Catalogue
+    from ..core.workload import Slo
     from ..tuner.candidate import Candidate
 
 GIB = 1 << 30
@@ -50,6 +51,28 @@ def level(text: str) -> tuple[dict[str, float], float]:
             remedy="for example ttft_ms=500,tpot_ms=40,share=0.99",
         )
     return found, share
+
+
+def of_classes(
+    levels: Sequence[str], priority: str, known: Sequence[str]
+) -> tuple[dict[str, Slo], tuple[str, ...]]:
+    """Service levels (`NAME:ttft_ms=,tpot_ms=`) of classes, and those that go first.
+
+    Raises:
+        CacheTuneError: a class that the traffic has not, not a level.
+    """
+    from ..core.workload import Slo
+
+    slo = {name: Slo(**level(text)[0]) for name, _, text in (t.rpartition(":") for t in levels)}
+    first = tuple(names(priority))
+    for name in (*slo, *first):
+        if name not in known:
+            raise CacheTuneError(
+                "a class must be one of the traffic",
+                values=repr(name),
+                remedy=f"its classes are {', '.join(map(repr, known))}",
+            )
+    return slo, first
 
 
 def with_prices(catalogue: Catalogue, prices: Sequence[str]) -> Catalogue:

@@ -148,12 +148,7 @@ def _assumptions() -> list[str]:
 
 def sentence(question: Question, winner: Any) -> str:
     """The answer in words."""
-    slo, target = question.slo, question.target_rps
-    asked = (
-        f"TTFT ≤ {slo.ttft_ms:g} ms and TPOT ≤ {slo.tpot_ms:g} ms for "
-        f"{100 * question.attainment:g} % of requests"
-    )
-    model = question.model.name
+    target, asked, model = question.target_rps, question.asked, question.model.name
     if winner is None:
         return f"None of the candidates serves {model} with {asked}."
     what = winner["name"]
@@ -236,6 +231,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _write(answer: dict[str, Any], out: Path) -> None:
     from ..core.record import write_atomic
+    from ..runtime.machine import provenance_here
     from .whatif_page import page
 
     rows = table(answer["rows"])
@@ -246,6 +242,8 @@ def _write(answer: dict[str, Any], out: Path) -> None:
     write_atomic(out / "whatif.csv", text.getvalue().encode())
     write_atomic(out / "whatif.json", (json.dumps(answer, allow_nan=False) + "\n").encode())
     write_atomic(out / "whatif.html", page(answer).encode())
+    made_by = provenance_here(answer["question"]["seeds"][0])  # apart: the answer is the same again
+    write_atomic(out / "provenance.json", (made_by.model_dump_json(indent=1) + "\n").encode())
 
 
 def _print(answer: dict[str, Any], out: Path) -> None:

@@ -1,14 +1,19 @@
-"""`TraceSource`: a trace file line by line; a complaint names the line, the field, the value."""
+"""`TraceSource`: a trace file line by line; a complaint names the line, the field, the value.
+
+A file that begins as gzip does is read through it, whatever its name.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import WorkloadError
 from .units import NS_PER_S
@@ -18,6 +23,8 @@ LINE_BYTES_MAX = 1 << 28
 
 NS_MAX = 1 << 62
 """Times fit into int64 with room for sums."""
+
+GZIP = b"\x1f\x8b"
 
 _SHOWN_MAX = 60
 
@@ -47,7 +54,7 @@ class TraceSource:
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Lines that are not blank, numbered from 1."""
         try:
-            with open(self.path, "rb") as f:
+            with self._opened() as f:
                 number = 0
                 while line := f.readline(LINE_BYTES_MAX):
                     number += 1
@@ -57,8 +64,22 @@ class TraceSource:
                         )
                     if not line.isspace():
                         yield number, line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise WorkloadError(
+                "a compressed trace is whole",
+                values=f"{self.path}, after line {number}: {e}",
+                remedy="fetch it again: it may be cut short or damaged",
+            ) from None
         except OSError as e:
             raise self._unreadable(e) from None
+
+    def _opened(self) -> IO[bytes]:
+        file = open(self.path, "rb")  # noqa: SIM115, the caller closes it
+        if file.read(len(GZIP)) != GZIP:
+            file.seek(0)
+            return file
+        file.close()
+        return gzip.open(self.path)  # type: ignore[return-value]
 
     def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """JSON objects, one per line."""

@@ -353,6 +353,10 @@ class _Run:
             )
             job.new_keys = []
 
+    def landing(self, replica: Replica) -> tuple[float, int]:
+        """Share of its speed that compute loses to loads, and until when."""
+        return self.loads.landing(replica.index)
+
     def preempted(self, replica: Replica, job: Job) -> None:
         """It lost its place."""
         self.columns.n_preemptions[job.row] += 1

@@ -72,6 +72,9 @@ class ReplicaSpec(Record):
     """Everything loaded passes it, whatever the tier; None: never the bottleneck."""
     host_link_duplex: float = Field(default=1.0, gt=0, le=1)
     """Share of that rate which is left to loads while chunks are written the other way."""
+    gpu_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Bandwidth of its GPUs' memory: compute goes without what lands there. None: it loses nothing.
+    Needs the host's link."""
     loads_in_order: bool = False
     """Whether loads of a replica from one tier wait for each other, and its steps for loads, as on
     in-order streams; else loads share the tier's rate evenly and steps begin when they need not
@@ -85,6 +88,10 @@ class ReplicaSpec(Record):
         kinds = [t.shared for t in self.tiers]
         if kinds != sorted(kinds):
             raise ValueError("shared tiers come after a replica's own, got " + ", ".join(names))
+        if self.gpu_bytes_per_s is not None and self.host_link_bytes_per_s is None:
+            raise ValueError(
+                "gpu_bytes_per_s needs host_link_bytes_per_s: what lands comes over it"
+            )
         return self
 
 

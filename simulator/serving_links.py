@@ -43,6 +43,13 @@ class Flow:
         """Counts changes of rate: an end that was set for an older one is void."""
 
 
+def beside(alone_ns: float, lost: float, until_ns: float) -> float:
+    """Time of what takes `alone_ns` when it loses a share of its speed for the first `until_ns`."""
+    if until_ns <= 0:
+        return alone_ns
+    return min(alone_ns / (1 - lost), alone_ns + until_ns * lost)
+
+
 OnChange = Callable[[Flow], None]
 
 

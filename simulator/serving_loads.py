@@ -17,7 +17,7 @@ from ..core.step_cost import StepCost
 from ..core.units import NS_PER_S
 from .serving_fleet import Fleet
 from .serving_jobs import Job
-from .serving_links import Flow, Link, join, leave
+from .serving_links import Flow, Link, beside, join, leave
 from .serving_policy import peek_rows
 from .serving_tiers import ChunkTiers
 
@@ -26,6 +26,8 @@ Push = Callable[[int, int, Any, int], None]
 
 MOVED, READY = 1, 2
 """Kinds of events: a flow has ended, a first piece may begin."""
+MOST_LOST = 0.8
+"""Share of its speed that compute can lose, as in `simulator/interference.py`."""
 
 
 class Loads:
@@ -35,6 +37,7 @@ class Loads:
         self._policy = fleet.policy
         self._host_rate = fleet.replica.host_link_bytes_per_s
         self._duplex = fleet.replica.host_link_duplex
+        self._gpu_rate = fleet.replica.gpu_bytes_per_s
         self._budget = fleet.replica.limits.max_num_batched_tokens
         self._host_links = [Link() for _ in range(fleet.n_replicas)]
         self._cost = cost
@@ -114,10 +117,18 @@ class Loads:
         """On the host link alone; slower until what is written the other way has passed."""
         assert self._host_rate is not None
         alone_ns = n_bytes / self._host_rate * NS_PER_S
-        beside_ns = written_ns - self._now_ns
-        if beside_ns <= 0:
-            return alone_ns
-        return min(alone_ns / self._duplex, alone_ns + beside_ns * (1 - self._duplex))
+        return beside(alone_ns, 1 - self._duplex, written_ns - self._now_ns)
+
+    def landing(self, replica: int) -> tuple[float, int]:
+        """Share of its GPU memory's bandwidth that what it loads takes, and until when; as of now,
+        whatever begins later."""
+        flows = self._host_links[replica].flows if self._gpu_rate is not None else ()
+        if not flows:
+            return 0.0, 0
+        assert self._gpu_rate is not None
+        bytes_per_ns = sum([flow.n_bytes * flow.rate for flow in flows])
+        lost = min(MOST_LOST, bytes_per_ns * NS_PER_S / self._gpu_rate)
+        return lost, max([flow.end_ns for flow in flows])
 
     def _changed(self, flow: Flow) -> None:
         self._push(flow.end_ns, MOVED, flow, flow.version)

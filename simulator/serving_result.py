@@ -119,17 +119,25 @@ class ServingResult:
         """From the first arrival to the last token."""
         return float(self.end_ns.max() - self.arrival_ns.min()) / NS_PER_S
 
+    def keeps_slo(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which requests keep the TTFT and the TPOT of their class; all do where none is asked."""
+        table = self.table
+        levels = [self.fleet.slo_of(name) for name in table.classes]
+        ttft_ms = np.array([np.inf if level is None else level.ttft_ms for level in levels])
+        tpot_ms = np.array([np.inf if level is None else level.tpot_ms for level in levels])
+        return (
+            self.ttft_ms <= ttft_ms[table.slo_class],
+            np.nan_to_num(self.tpot_ms) <= tpot_ms[table.slo_class],
+        )
+
     def meets_slo(self) -> dict[str, NDArray[np.bool_]]:
         """By class with a service level: which of its requests keep TTFT and TPOT."""
-        found = {}
-        tpot = np.nan_to_num(self.tpot_ms)
-        for code, name in enumerate(self.table.classes):
-            level = self.fleet.slo_of(name)
-            if level is not None:
-                rows = self.table.slo_class == code
-                good = (self.ttft_ms <= level.ttft_ms) & (tpot <= level.tpot_ms)
-                found[name] = good[rows]
-        return found
+        in_ttft, in_tpot = self.keeps_slo()
+        return {
+            name: (in_ttft & in_tpot)[self.table.slo_class == code]
+            for code, name in enumerate(self.table.classes)
+            if self.fleet.slo_of(name) is not None
+        }
 
     def littles_law(self) -> tuple[float, float]:
         """Both sides: requests in the system on average, and rate times mean time in it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..core.step_cost import StepCost
 from ..core.units import NS_PER_S
+from .serving_links import beside
 
 if TYPE_CHECKING:
     from .serving_jobs import Job
@@ -19,13 +20,26 @@ Batch = tuple[int, int, int | None]
 
 
 class Stretch:
-    """`n_steps` decode steps of one batch from `start_ns`; their times are a closed form."""
+    """`n_steps` decode steps of one batch from `start_ns`; their times are a closed form.
 
-    __slots__ = ("_batch", "_cost", "end_ns", "n_steps", "start_ns")
+    Until `until_ns` they lose a share of their speed, `lost`, to what is loaded beside them.
+    """
 
-    def __init__(self, cost: StepCost, batch: Batch, n_steps: int, start_ns: int) -> None:
+    __slots__ = ("_batch", "_beside_ns", "_cost", "_lost", "end_ns", "n_steps", "start_ns")
+
+    def __init__(
+        self,
+        cost: StepCost,
+        batch: Batch,
+        n_steps: int,
+        start_ns: int,
+        lost: float = 0.0,
+        until_ns: int = 0,
+    ) -> None:
         self._cost = cost
         self._batch = batch
+        self._lost = lost
+        self._beside_ns = until_ns - start_ns
         self.n_steps = n_steps
         self.start_ns = start_ns
         self.end_ns = start_ns + self.ns_of(n_steps)
@@ -37,7 +51,7 @@ class Stretch:
             seconds = self._cost.decode_run_s(n_decode, kv_tokens, n_steps)
         else:  # a cost that has skew takes it
             seconds = self._cost.decode_run_s(n_decode, kv_tokens, n_steps, kv_max)  # type: ignore[call-arg]
-        return round(seconds * NS_PER_S)
+        return round(beside(seconds * NS_PER_S, self._lost, self._beside_ns))
 
     def steps_by(self, at_ns: int) -> int:
         """The first step that ends at `at_ns` or later; regula falsi, as steps cost about alike."""

@@ -124,6 +124,7 @@ def make_fleet(
     limits: ServingLimits | None = None,
     host_link: float | None = None,
     duplex: float = 1.0,
+    gpu_memory: float | None = None,
     reuse: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Fleet:
@@ -134,6 +135,7 @@ def make_fleet(
         tiers=tuple(tiers),
         host_link_bytes_per_s=host_link,
         host_link_duplex=duplex,
+        gpu_bytes_per_s=gpu_memory,
     )
     return Fleet(policy=ReusePolicy(**{**options, **(reuse or {})}), replica=replica, **fields)
 

@@ -220,6 +220,7 @@ class Candidate(Record):
             tiers=tiers_of(machine, self.eviction) if self.reuses else (),
             host_link_bytes_per_s=link.h2d_bytes_per_s.value * machine.n_gpus,
             host_link_duplex=min(1.0, link.duplex_bytes_per_s.value / both_ways),
+            gpu_bytes_per_s=sheet_of(machine.gpu).memory_bytes_per_s * machine.n_gpus,
         )
         policy = ReusePolicy(
             name=self.policy,

@@ -8,14 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ..core.model_spec import ModelSpec
 from ..core.record import Record
 from ..core.step_cost import StepCost
 from ..core.units import NS_PER_S
-from ..core.workload import Slo
 from ..simulator.serving import serve_trace
+from ..simulator.serving_fleet import Fleet
 from ..simulator.serving_result import ServingResult
-from .candidate import Candidate
 from .traffic import Traffic
 from .trial import BATCHES, Trial
 from .warm_start import warm_snapshot
@@ -42,38 +40,27 @@ class RunLength(Record):
 
 
 def evaluate(
-    candidate: Candidate,
-    model: ModelSpec,
-    slo: Slo,
+    fleet: Fleet,
+    cost: StepCost,
     traffic: Traffic,
     length: RunLength,
     rate_rps: float,
     seed: int,
-    *,
-    n_replicas: int = 1,
-    cost: StepCost | None = None,
 ) -> Trial:
     """Serve `traffic` at a rate and judge what came after the caches were warm."""
     n_requests = max(
-        length.n_requests(rate_rps), min(length.min_requests, PER_REPLICA) * n_replicas
+        length.n_requests(rate_rps), min(length.min_requests, PER_REPLICA) * fleet.n_replicas
     )
     n_ramp = round(rate_rps * traffic.ramp_s)
     table = traffic.table(n_requests + n_ramp, rate_rps, seed)
     n_ramp = min(n_ramp, len(table) // 2)
-    fleet = candidate.fleet(model, slo, n_replicas)
     before = traffic.before(n_requests, seed)
-    if candidate.policy == "prefix_cache" and not table.chained:
+    if fleet.policy.name == "prefix_cache" and not table.chained:
         before = None  # its tiers keep chains, which other chunks' ids do not name
-    result = serve_trace(
-        table,
-        fleet,
-        cost or candidate.cost(model),
-        seed=seed,
-        snapshot=warm_snapshot(before, fleet) if before is not None else None,
-    )
+    snapshot = warm_snapshot(before, fleet) if before is not None else None
+    result = serve_trace(table, fleet, cost, seed=seed, snapshot=snapshot)
     judged = np.arange(len(result)) >= n_ramp + int(length.warm_share * (len(result) - n_ramp))
-    in_ttft = (result.ttft_ms <= slo.ttft_ms)[judged]
-    in_tpot = (np.nan_to_num(result.tpot_ms) <= slo.tpot_ms)[judged]
+    in_ttft, in_tpot = (kept[judged] for kept in result.keeps_slo())
     batches = np.array_split(in_ttft & in_tpot, BATCHES)
     behind = falls_behind(result.arrival_ns[judged], result.ttft_ms[judged])
     metrics = {"in_ttft": float(in_ttft.mean()), "in_tpot": float(in_tpot.mean())}
@@ -114,7 +101,14 @@ def _metrics(result: ServingResult, judged: NDArray[np.bool_]) -> dict[str, Any]
     output = int(table.output_tokens[judged].sum(dtype=np.int64))
     loaded = result.loaded_tokens[judged].sum(axis=0) / prompt
     law = result.littles_law()
+    good = np.logical_and(*result.keeps_slo())
+    by_class = {
+        name: float(good[rows].mean())
+        for code, name in enumerate(table.classes)
+        if (rows := judged & (table.slo_class == code)).any()
+    }
     found: dict[str, Any] = {
+        "good_share": by_class,
         "n_requests": len(result),
         "prompt_tokens_per_s": prompt / span_s,
         "output_tokens_per_s": output / span_s,

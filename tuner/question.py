@@ -10,6 +10,7 @@ from ..core.model_spec import ModelSpec
 from ..core.record import Record
 from ..core.step_cost import StepCost
 from ..core.workload import Slo
+from ..simulator.serving_fleet import Fleet
 from .candidate import Candidate
 from .capacity import RATE_MAX_RPS
 from .evaluate import RunLength, evaluate
@@ -30,7 +31,12 @@ class Question(Record):
 
     model: ModelSpec
     slo: Slo
+    class_slo: dict[str, Slo] = Field(default_factory=dict)
+    """Levels of classes of the traffic; `slo` holds for the others."""
+    priority: tuple[str, ...] = ()
+    """Classes that are admitted first."""
     attainment: float = Field(default=0.99, gt=0, le=1)
+    """Share of all requests that keep the level of their class."""
     traffic: Traffic
     target_rps: float | None = Field(default=None, gt=0)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -47,7 +53,7 @@ class Question(Record):
         lasts about as long: all seeds together should see several. A trace has as many as it has:
         together they are as long.
         """
-        ttft_s = self.slo.ttft_ms / 1e3
+        ttft_s = self.longest_ttft_s
         misses = max(1 - self.attainment, 1 / self.length.max_requests)
         bursts_s = ttft_s * BURSTS / misses / len(self.seeds)
         fewest = self.length.min_requests
@@ -58,6 +64,28 @@ class Question(Record):
             horizon_s=max(self.length.horizon_s, LIMITS * ttft_s, bursts_s),
             min_requests=min(fewest, max(self.length.min_requests, self.length.max_requests)),
         )
+
+    @property
+    def longest_ttft_s(self) -> float:
+        """Of what the classes are allowed."""
+        return max(level.ttft_ms for level in (self.slo, *self.class_slo.values())) / 1e3
+
+    @property
+    def asked(self) -> str:
+        """The service level, in words."""
+        classes = "; ".join(
+            f"{name} {level.ttft_ms:g} and {level.tpot_ms:g} ms"
+            for name, level in self.class_slo.items()
+        )
+        return (
+            f"TTFT ≤ {self.slo.ttft_ms:g} ms and TPOT ≤ {self.slo.tpot_ms:g} ms "
+            f"{f'({classes}) ' if classes else ''}for {100 * self.attainment:g} % of requests"
+        )
+
+    def fleet(self, candidate: Candidate, n_replicas: int = 1) -> Fleet:
+        """Equal replicas of a candidate, held to the levels that are asked for."""
+        fleet = candidate.fleet(self.model, self.slo, n_replicas)
+        return fleet.replace(slo={**fleet.slo, **self.class_slo}, priority=self.priority)
 
     def seeds_at(self, rate_rps: float) -> tuple[int, ...]:
         """Those that tell something new at a rate: of a trace, windows until it was all seen."""
@@ -100,17 +128,10 @@ def runner(
 ) -> Evaluate:
     """Runs at any rate, for any seed; of another `cost` than the candidate's if that is given."""
 
+    fleet = question.fleet(candidate, n_replicas)
+    step_cost = cost or candidate.cost(question.model)
+
     def run(rate: float, seed: int) -> Trial:
-        return evaluate(
-            candidate,
-            question.model,
-            question.slo,
-            question.traffic,
-            question.runs,
-            rate,
-            seed,
-            n_replicas=n_replicas,
-            cost=cost,
-        )
+        return evaluate(fleet, step_cost, question.traffic, question.runs, rate, seed)
 
     return run

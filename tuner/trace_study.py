@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from ..core.catalogue import load_catalogue
+from ..core.catalogue import Catalogue, load_catalogue
 from ..core.errors import CacheTuneError
 from ..core.machine_spec import compose
 from ..core.memory_sum import EngineMemory
@@ -66,6 +66,8 @@ class StudyQuestion(Record):
     n_requests: int = Field(gt=0)
     rate_rps: float = Field(gt=0)
     space: Space = Space()
+    catalogue: Catalogue | None = None
+    """Of what is chosen from; None: the shipped one."""
     n_trials: int = Field(default=200, gt=0)
     seed: int = 0
 
@@ -121,12 +123,13 @@ def simulate(task: Mapping[str, Any]) -> dict[str, Any]:
     question = StudyQuestion.model_validate_json(json.dumps(task["question"]))
     p = task["params"]
     try:
-        candidate = _candidate(p)
+        rows = question.catalogue or load_catalogue()
+        candidate = _candidate(p, rows)
         n_ramp = _n_ramp(question)
         n_requests = question.n_requests + n_ramp
         table = question.traffic.table(n_requests, question.rate_rps, question.seed)
         longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
-        candidate.check_fits(question.model, load_catalogue(), longest)
+        candidate.check_fits(question.model, rows, longest)
         usd_per_h = candidate.machine.usd_per_h * p["n_replicas"]
         fleet = candidate.fleet(question.model, question.slo, p["n_replicas"])
         cost = candidate.cost(question.model)
@@ -211,9 +214,9 @@ def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribut
     }
 
 
-def _candidate(p: Mapping[str, Any]) -> Candidate:
+def _candidate(p: Mapping[str, Any], catalogue: Catalogue) -> Candidate:
     machine = compose(
-        load_catalogue(),
+        catalogue,
         p["gpu"],
         n_gpus=p["n_gpus"],
         dram_limit_bytes=p["dram_gib"] * GIB,

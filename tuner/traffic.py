@@ -129,6 +129,11 @@ class Traffic(Record):
         return int((table.prompt_tokens.astype(np.int64) + table.output_tokens).max())
 
     @property
+    def classes(self) -> Sequence[str]:
+        """Names of the requests' classes."""
+        return self._whole(1, 0).classes
+
+    @property
     def is_trace(self) -> bool:
         """Whether this is a file."""
         return not is_generator(self.text)

@@ -25,7 +25,7 @@ from .kernel_bounds import band_row
 from .question import LIMITS, Question, runner
 from .trial import Trial
 
-ROW_VERSION = 6
+ROW_VERSION = 7
 """Of what a row holds: a journal with rows of another is not taken."""
 FULL = 4
 """A run that has more than its requests over this in the system at a time is not a steady state."""
@@ -146,7 +146,7 @@ def _capacity_row(question: Question, candidate: Candidate, found: Capacity) -> 
 
 
 def _policy(question: Question, candidate: Candidate) -> ReusePolicy:
-    return candidate.fleet(question.model, question.slo).policy
+    return question.fleet(candidate).policy
 
 
 def _note(question: Question, candidate: Candidate, found: Capacity) -> str:
@@ -171,6 +171,11 @@ def _note(question: Question, candidate: Candidate, found: Capacity) -> str:
             f"runs hold {100 * shown / whole:.2g} % of the trace; --seeds and --max-requests show "
             "more"
         ]
+    if len(classes := at["good_share"]) > 1:
+        kept = ", ".join(
+            f"{100 * share:.4g} % of {name or 'no class'}" for name, share in classes.items()
+        )
+        notes += [f"at capacity {kept} keep their level"]
     share = at["unloaded_share"]
     if share > 0:
         notes += [
@@ -183,22 +188,21 @@ def _note(question: Question, candidate: Candidate, found: Capacity) -> str:
 def _is_cut(question: Question, trial: Trial) -> bool:
     """Whether its queue grew but kept the level, and it was too short to tell how that ends."""
     n, traffic_s = trial.metrics["n_requests"], trial.metrics["traffic_s"]
-    short = traffic_s < LIMITS * question.slo.ttft_ms / 1e3
+    short = traffic_s < LIMITS * question.longest_ttft_s
     kept = trial.good_share >= question.attainment
     return kept and not trial.stable and short and n >= question.length.max_requests
 
 
 def _closest(question: Question, found: Capacity) -> str:
     trial = found.closest()
-    m, slo = trial.metrics, question.slo
+    m = trial.metrics
     if trial.good_share >= question.attainment:
         return (
             f"the queue grows at any rate, or runs of {question.runs.horizon_s:g} s are too short "
             f"to tell; a longer --horizon shows it"
         )
     return (
-        f"no rate keeps TTFT ≤ {slo.ttft_ms:g} ms and TPOT ≤ {slo.tpot_ms:g} ms for "
-        f"{100 * question.attainment:g} % of requests; closest: {100 * trial.good_share:.1f} % at "
+        f"no rate keeps {question.asked}; closest: {100 * trial.good_share:.1f} % at "
         f"{trial.rate_rps:.3g} req/s, TTFT p99 {m['ttft_ms_p99']:.0f} ms "
         f"({100 * m['in_ttft']:.1f} % keep it), TPOT p99 {m['tpot_ms_p99']:.1f} ms "
         f"({100 * m['in_tpot']:.1f} %)"

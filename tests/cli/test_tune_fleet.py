@@ -62,7 +62,10 @@ def test_an_slo_that_nothing_keeps_is_said(run: Run, trace: Path, tmp_path: Path
         (("--batch", 16), "must not be below max_num_seqs"),
         (("--rate-rps", 0), "rate_rps"),
         (("--gpu", ""), "an empty list"),
-        (("--gpu", "H100-SXM,GH200"), "none with a date and source for GH200; leave that GPU out"),
+        (
+            ("--gpu", "H100-SXM,GH200"),
+            "none with a date and source for GH200; leave that GPU out, or pass --price GH200=",
+        ),
         (("--ids", "hash"), "'prefix' or 'content'"),
         (("--gpu", "H100-SXM", "--n-gpus", 3, "--trials", 1), "must divide n_heads"),
         (("--slo", "fast"), "ttft_ms"),
@@ -80,6 +83,23 @@ def test_errors_are_one_line(
     assert len(line) == 1 and words in line[0], err
     assert not (tmp_path / "f.json").exists()
     assert snapshot(tmp_path).keys() - before.keys() <= {tmp_path / "f.journal.jsonl"}
+
+
+def test_prices_and_rows_of_ones_own(run: Run, trace: Path, tmp_path: Path) -> None:
+    ours = tmp_path / "ours.json"
+    ours.write_text(json.dumps({"disks": {"slow": {"read_bytes_per_s": 1e8,
+        "write_bytes_per_s": 1e8, "read_latency_s": 1e-3, "read_iops": 1e4, "queue_depth": 1,
+        "capacity_bytes": 1e12}}}))  # fmt: skip
+    out = tmp_path / "fleet.json"
+    status, _, err = run(
+        "tune", "fleet", trace, "--requests", 40, "--gpu", "GH200", "--replicas", "1,2",
+        "--dram-gib", 64, "--disk", "slow", "--catalogue", ours, "--price", "GH200=2.5",
+        "--trials", 4, "--out", out,
+    )  # fmt: skip
+    assert status == 0, err
+    rows = json.loads(out.read_text())["trials"]
+    assert {row["disk"] for row in rows} == {"slow"}
+    assert all(row["usd_per_h"] == 2.5 * row["n_replicas"] for row in rows)
 
 
 def test_a_trace_that_is_not_there(run: Run, tmp_path: Path) -> None:

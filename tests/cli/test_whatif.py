@@ -56,6 +56,8 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_answer_is_a_sentence_a_table_and_files(answered: Path):
     answer = json.loads((answered / "whatif.json").read_text())
+    made_by = json.loads((answered / "provenance.json").read_text())
+    assert made_by["command"].startswith("cachetune") and made_by["commit"] and made_by["date"]
     assert re.match(r"Take 1 replica( \(\d to be sure\))? of H100-SXM", answer["sentence"])
     assert len(answer["rows"]) == 3  # full recompute has no stored format
     with open(answered / "whatif.csv") as f:

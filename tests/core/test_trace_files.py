@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -290,6 +291,29 @@ def test_a_follower_of_a_dropped_request_is_refused(tmp_path: Path):
 def test_refused_options(tmp_path: Path, options: dict[str, Any]):
     with pytest.raises(WorkloadError):
         read_trace(samples.write_sample("mooncake", tmp_path), **options)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_compressed_trace_is_the_same(tmp_path: Path, format: str):
+    path = samples.write_sample(format, tmp_path)
+    plain = read_trace(path, **DROP)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert_same(read_trace(path, **DROP), plain)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [("cut", "whole"), ("flip", "whole|JSON|trace|must"), ("end", "whole")]
+)
+def test_a_damaged_compressed_trace_is_refused(tmp_path: Path, damage: str, message: str):
+    path = tmp_path / "trace.jsonl.gz"
+    row = {"input_length": 10, "output_length": 1, "hash_ids": [1]}
+    text = lines(*({"timestamp": 7 * i, **row} for i in range(3000)))
+    packed = bytearray(gzip.compress(text.encode()))
+    if damage == "flip":
+        packed[len(packed) // 2] ^= 0xFF
+    path.write_bytes(packed[: {"cut": len(packed) // 2, "end": -4}.get(damage, len(packed))])
+    with pytest.raises(WorkloadError, match=message):
+        read_trace(path)
 
 
 def test_no_file(tmp_path: Path):

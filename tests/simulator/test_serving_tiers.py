@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cachetune.simulator.serving import serve_trace
 from cachetune.simulator.serving_eviction import NEVER, order_of
-from cachetune.simulator.serving_fleet import TierSpec
+from cachetune.simulator.serving_fleet import ServingLimits, TierSpec
 from cachetune.simulator.serving_jobs import Job, JobFeed
 from cachetune.simulator.serving_lru import Lru
 from cachetune.simulator.serving_replica import Replica
@@ -81,6 +81,32 @@ def test_decodes_go_on_while_others_load() -> None:
     result = serve_trace(table, fleet, COST)
     assert result.tpot_ms[1] == pytest.approx(1.0, rel=1e-6)
     assert result.ttft_ms[2] > 60e3
+
+
+@pytest.mark.parametrize(
+    "limits", [None, ServingLimits(prefix_caching=False, async_scheduling=True)]
+)
+def test_compute_goes_without_the_memory_bandwidth_that_loads_take(
+    limits: ServingLimits | None,
+) -> None:
+    """A quarter of it for 64 s, in which 48,000 of 100,000 decode steps of 1 ms are made."""
+    rows = [CHUNKS, [], CHUNKS]
+    table = make_table([65, 5, 65], [1, 100_001, 1], [0.0, 1000.0, 1000.01], rows, chained=True)
+    tiers = [make_tier(rate=1e9)]
+    found = {}
+    for memory in (None, 4e3):
+        fleet = make_fleet(
+            policy="full_reuse", tiers=tiers, host_link=1e3, gpu_memory=memory, limits=limits
+        )
+        found[memory] = serve_trace(table, fleet, COST)
+    assert found[None].tpot_ms[1] == pytest.approx(1.0, rel=1e-3)
+    assert found[4e3].e2e_ms[1] - found[None].e2e_ms[1] == pytest.approx(16e3, rel=1e-3)
+    assert found[4e3].ttft_ms[2] == pytest.approx(found[None].ttft_ms[2], rel=1e-3)
+
+
+def test_bandwidth_of_gpu_memory_needs_the_link() -> None:
+    with pytest.raises(ValueError, match="host_link_bytes_per_s"):
+        make_fleet(policy="full_reuse", tiers=[make_tier()], gpu_memory=1e12)
 
 
 def test_what_is_evicted_lies_one_tier_down() -> None:

@@ -31,7 +31,7 @@ def test_a_tier_beyond_break_even_is_computed(catalogue: Catalogue, model: Model
     small = slow.machine.replace(dram_limit_bytes=HOST_BYTES + GIB)
     for policy in ("cachetune", "epic", "full_reuse"):
         one = slow.replace(policy=policy, machine=small)
-        found = evaluate(one, model, SLO, RAG, SHORT, 4.0, 0)
+        found = evaluate(one.fleet(model, SLO), one.cost(model), RAG, SHORT, 4.0, 0)
         assert found.good_share == 1.0
         loaded = found.metrics["loaded_share"]["hdd-7200"]
         assert 5 * loaded < found.metrics["unloaded_share"]
@@ -46,6 +46,8 @@ def test_a_tier_more_never_hurts(catalogue: Catalogue, model: ModelSpec, policy:
         for disk in disks:
             machine = compose(catalogue, gpu, disk=disk, dram_limit_bytes=HOST_BYTES + GIB)
             candidate = Candidate(machine=machine, policy=policy)
-            found = evaluate(candidate, model, SLO, RAG, SHORT, rate, 0)
+            found = evaluate(
+                candidate.fleet(model, SLO), candidate.cost(model), RAG, SHORT, rate, 0
+            )
             p50[disk] = found.metrics["ttft_ms_p50"]
         assert max(p50.values()) <= 1.02 * p50[None], (gpu, rate, p50)

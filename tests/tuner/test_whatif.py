@@ -44,6 +44,10 @@ def model() -> ModelSpec:
     return model_preset("Llama-3.1-8B")
 
 
+def served(candidate: Candidate, model: ModelSpec, n_replicas: int = 1):
+    return candidate.fleet(model, SLO, n_replicas), candidate.cost(model)
+
+
 @pytest.fixture(scope="module")
 def candidate(catalogue: Catalogue) -> Candidate:
     machine = compose(catalogue, "H100-SXM", network="25g-rdma", dram_limit_bytes=HOST_BYTES + GIB)
@@ -84,7 +88,7 @@ def test_warm_tiers_of_tenants_are_their_own(candidate: Candidate, model: ModelS
     rows = before.rows_of_chunks()
     names = set((before.chunk_ids * 2 + tenants[rows]).tolist())
     assert set(found["25g-rdma"][0].tolist()) == names
-    assert evaluate(candidate, model, SLO, RAG, SHORT, 4.0, 0).good_share > 0
+    assert evaluate(*served(candidate, model), RAG, SHORT, 4.0, 0).good_share > 0
 
 
 def test_a_queue_that_grows_is_told_from_a_burst():
@@ -185,9 +189,9 @@ def test_more_bandwidth_and_more_replicas_never_hurt(catalogue: Catalogue, model
     for disk in ("sata-ssd", "nvme-gen4", "4x-nvme-gen5"):
         machine = compose(catalogue, "L40S", disk=disk, dram_limit_bytes=HOST_BYTES + GIB)
         candidate = Candidate(machine=machine, policy="full_reuse")
-        p99[disk] = evaluate(candidate, model, SLO, RAG, SHORT, 1.0, 0).metrics["ttft_ms_p99"]
+        p99[disk] = evaluate(*served(candidate, model), RAG, SHORT, 1.0, 0).metrics["ttft_ms_p99"]
     assert p99["sata-ssd"] > p99["nvme-gen4"] > p99["4x-nvme-gen5"]
-    one, two = (evaluate(candidate, model, SLO, RAG, SHORT, 6.0, 0, n_replicas=n) for n in (1, 2))
+    one, two = (evaluate(*served(candidate, model, n), RAG, SHORT, 6.0, 0) for n in (1, 2))
     assert two.metrics["ttft_ms_p99"] < one.metrics["ttft_ms_p99"]
 
 
