@@ -37,7 +37,7 @@ check: $(READY)  ## ruff and mypy (strict) on every floor
 soak: $(READY)  ## the slow tests: full counts of kills, fuzz, load; goes on where it was stopped
 	$(RUN) pytest -m "slow and not gpu" --timeout 7200 $(ARGS)
 
-BENCHES := fidelity quality ttft throughput kernels io grid serve
+BENCHES := fidelity quality ttft throughput kernels io grid serve shared-link
 SEED    ?= 11
 
 bench: $(BENCHES:%=build/bench/%)  ## all measurements; a second call goes on where the first stopped

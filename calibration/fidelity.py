@@ -81,12 +81,14 @@ def check(
     n_repeats: int = 5,
     max_tokens: int = 1024,
     tiers: Sequence[str] | None = None,
+    device: str = "",
     on_predicted: Callable[[Prediction], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[list[Point], dict[OpKind, float]]:
     """Draw; predict as calibrated; then interleaved, for each repeat: predict it, measure it.
 
     Args:
+        device: as of `open_runner`.
         on_predicted: is handed each prediction before its schedule runs.
 
     Returns:
@@ -97,7 +99,7 @@ def check(
     probes = held_out(library, rhos, max_tokens, n_schedules, seed)
     with (
         tempfile.TemporaryDirectory(prefix="cachetune-") as folder,
-        open_runner(profile, loaded, folder) as runner,
+        open_runner(profile, loaded, folder, device) as runner,
     ):
         held = [_Held(profile, runner, probe) for probe in probes]
         tell = on_predicted or (lambda prediction: None)

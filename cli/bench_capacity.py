@@ -8,7 +8,6 @@ capacity theory knows (M/M/1): how often does the interval hold it?
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -72,7 +71,7 @@ def command(
     seed: _Seed = 0,
 ) -> None:
     """How near to whole traces are the capacities of what-if, and how often do intervals hold?"""
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_json
     from ..runtime.machine import provenance_here
     from ..tuner.traffic import traffic_of
     from .console import note, print_json_line, print_table, progress_bar
@@ -94,7 +93,7 @@ def command(
         "rows": rows,
         "coverage": known,
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     print_table(rows, COLUMNS, "capacity, whole traces beside it")
     if known:
         print_table(known, tuple(known[0]), "M/M/1: how often 95 % intervals hold it")

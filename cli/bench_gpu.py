@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +22,7 @@ def command(
     import math
     import time
 
-    from ..core.record import write_atomic
+    from ..core.record import write_json
     from .bench_machine import pick_device, provenance, results_folder
     from .console import note, print_json_line, print_table, warn
     from .gpu_suite import (
@@ -74,7 +73,7 @@ def command(
     if not only_list:
         last = [stamps.last(one) or {"step": one.name, "status": "to do"} for one in every]
         summary = {"provenance": provenance(0, device), "device": device, "steps": last}
-        write_atomic(folder / "steps.json", (json.dumps(summary, indent=1) + "\n").encode())
+        write_json(folder / "steps.json", summary)
     result = {"command": "bench gpu", "device": device, "folder": str(folder), "failed": failed}
     print_json_line(result)
     if failed:

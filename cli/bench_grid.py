@@ -70,7 +70,7 @@ def command(
     from ..calibration.calibrate import Settings, calibrate, open_runner
     from ..calibration.probes import Library, Shape
     from ..core.hardware import HardwareProfile
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_atomic, write_json
     from ..tuner.grid import relate
     from .bench_machine import checked_device, load_on, provenance
     from .console import note, print_json_line, print_table, progress_bar
@@ -114,7 +114,7 @@ def command(
             write_atomic(out / f"{tier}.{name}", (work / f"{tier}.{name}").read_bytes())
     machine.write(out / "profile.json")
     result = {"provenance": provenance(seed, device), "model": model, "tiers": found}
-    write_atomic(out / "grid.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out / "grid.json", result)
     print_table([_cells(f) for f in found], COLUMNS, "tuned plan against the measured grid")
     note(f"result: {out}/grid.json")
     print_json_line(

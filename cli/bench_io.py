@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -80,14 +79,14 @@ def command(
 
     from ..calibration import ceilings as limits
     from ..calibration.io_rates import storage_of
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_json
     from .bench_machine import device_name, pick_device, provenance, results_folder
-    from .console import note, print_json_line, print_table, progress_bar, warn
+    from .console import counts, note, print_json_line, print_table, progress_bar, warn
 
     device = pick_device(device)
     out = out or results_folder(device) / "io.json"
     check_writable(out)
-    threads = _numbers(workers)
+    threads = counts(workers, "--workers")
     if shutil.which("fio") is None:
         warn("fio is not installed: files are held against our own raw reads only")
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,24 +112,12 @@ def command(
         "best_of_fio": best,
         "rows": rows,
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     print_table(rows, COLUMNS, f"reads, requests of {request_kib} KiB")
     note(f"{result['cold']}")
     note(f"result: {out}")
     missed = [row["medium"] for row in rows if row.get("met") is False]
     print_json_line({"command": "bench io", **best, "below_must": missed})
-
-
-def _numbers(text: str) -> list[int]:
-    from ..core.errors import CacheTuneError
-
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise CacheTuneError("--workers must be numbers from 1 on, by comma", values=text)
-    return found
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +37,7 @@ def command(
     """Time the kernels against limits and peers of the same run; wrong ones get no speed."""
     from ..calibration import ceilings as limits
     from ..core.errors import CacheTuneError
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_json
     from .bench_machine import device_name, pick_device, provenance, results_folder
     from .console import note, print_json_line, print_table, progress, warn
 
@@ -66,7 +65,7 @@ def command(
         "ceilings": limits.as_json(found),
         "rows": rows,
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     print_table(rows, COLUMNS, "kernels")
     for row in rows:
         if row["trouble"]:

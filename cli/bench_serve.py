@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +36,7 @@ def command(
     from ..calibration.probes import plan_with
     from ..calibration.speed import Speed, known_probes
     from ..core.hardware import HardwareProfile
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_json
     from ..runtime.loaded_model import load_model
     from ..runtime.machine import provenance_here
     from .console import note, print_json_line, progress_bar
@@ -71,7 +70,7 @@ def command(
         "plan": plan.model_dump(mode="json"),
         "rows": rows,
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     _print(rows)
     note(f"result: {out}")
     print_json_line({"command": "bench serve", "rows": [r["error"] for r in rows]})

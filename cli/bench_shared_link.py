@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +28,7 @@ def command(
     seed: _Seed = 3,
 ) -> None:
     """TTFT of requests as fluid over that of layers, where several replicas load at once."""
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_json
     from ..runtime.machine import provenance_here
     from ..simulator.shared_link import difference
     from .console import note, print_json_line, print_table, progress_bar
@@ -51,7 +50,7 @@ def command(
         "bounds": BOUNDS,
         "rows": rows,
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     print_table(rows, COLUMNS, "requests as fluid over layers")
     note(f"result: {out}")
     kept = sum(row["kept"] for row in rows)

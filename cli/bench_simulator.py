@@ -7,7 +7,6 @@ others is the speed.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,14 +57,15 @@ def command(
     seed: _Seed = 0,
 ) -> None:
     """Serve a trace and more and more short requests; time a study; write figures and a plot."""
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_atomic, write_json
     from ..core.trace_files import read_trace, write_trace
     from ..runtime.machine import provenance_here
     from .bench_simulator_case import made_trace, measured, study
-    from .console import note, print_json_line, print_table, progress_bar
+    from .console import counts, note, print_json_line, print_table, progress_bar
 
-    check_writable(out, out.with_suffix(".svg"))
-    fleets, counts = _numbers(replicas, "--replicas"), _numbers(series, "--series")
+    check_writable(out)
+    check_writable(out.with_suffix(".svg"))
+    fleets, lengths = counts(replicas, "--replicas"), counts(series, "--series")
     with tempfile.TemporaryDirectory(prefix="cachetune-") as folder, progress_bar() as tell:
         if trace is None:
             table = made_trace(first, seed)
@@ -76,7 +76,7 @@ def command(
         cases: list[dict[str, Any]] = [
             {"trace": str(path), "first": first, "replicas": n, "repeats": repeats} for n in fleets
         ]
-        cases += [{"short": n, "seed": seed, "repeats": 0} for n in counts]
+        cases += [{"short": n, "seed": seed, "repeats": 0} for n in lengths]
         rows = []
         for i, case in enumerate(cases):
             rows.append(measured(case))
@@ -91,7 +91,7 @@ def command(
         "checks": checks,
         "published": [{"what": what, "requests_per_cpu_s": rate} for what, rate in ANCHORS],
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     short = [(r["n_requests"], r["cpu_s"]) for r in rows if r["case"] == "short"]
     write_atomic(out.with_suffix(".svg"), _plot(short).encode())
     print_table(rows, COLUMNS, "simulator")
@@ -99,18 +99,6 @@ def command(
     note(f"result: {out} and {out.with_suffix('.svg')}")
     rates = [r["requests_per_cpu_s"] for r in rows]
     print_json_line({"command": "bench simulator", "requests_per_cpu_s": rates, "study": found})
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    from ..core.errors import CacheTuneError
-
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise CacheTuneError(f"{option} must be whole numbers from 1 on, by comma", values=text)
-    return found
 
 
 def _checks(rows: list[dict[str, Any]], study: dict[str, Any] | None) -> list[dict[str, Any]]:

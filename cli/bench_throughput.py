@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,7 +63,7 @@ def command(
     from ..calibration import ceilings as limits
     from ..calibration.throughput import hf_seconds, ledgers, plans_at, serve_all
     from ..core.generators import rag_workload
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_json
     from .bench_machine import load, pick_device, provenance, results_folder, runner, tier_of
     from .console import note, progress_bar
 
@@ -104,7 +103,7 @@ def command(
         "hf_generate_s": hf_s,
         "rows": rows,
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     _print(result)
     note(f"result: {out}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -245,7 +244,7 @@ def _limited(run: _Run, work: Parts, tier: str, rho: float, seed: int) -> dict[s
 
 def _finish(work: Parts, settings: dict[str, Any], loaded: LoadedModel, out: Path) -> None:
     """Write and print all parts that there are."""
-    from ..core.record import write_atomic
+    from ..core.record import write_json
     from .console import note, print_json_line, print_table
 
     found = work.all()
@@ -260,7 +259,7 @@ def _finish(work: Parts, settings: dict[str, Any], loaded: LoadedModel, out: Pat
         "parts": found,
         "missing": work.missing(),
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     rows = [row for part in found.values() if "peer_ms" in part for row in part["rows"]]
     balance = [
         row for name, part in found.items() if name.startswith("rho") for row in part["rows"]

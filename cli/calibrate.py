@@ -49,6 +49,7 @@ def command(
 ) -> None:
     """Measure this machine: probe schedules on the real runtime become a profile."""
     from ..calibration.calibrate import Settings, calibrate
+    from ..core.errors import CacheTuneError
     from ..core.hardware import HardwareProfile
     from ..core.record import check_writable
     from .bench_machine import checked_device, load_on
@@ -68,8 +69,13 @@ def command(
         device=device,
         media=media,
     )
+    if machine is not None and not check:
+        raise CacheTuneError(
+            "--profile is what --check predicts with", values=str(profile), remedy="add --check"
+        )
     kept: Any = machine.model.stored if machine is not None else stored
-    loaded = load_on(model, device, dtype, stored=kept)
+    as_made = machine.model.dtype if machine is not None else dtype
+    loaded = load_on(model, device, as_made, stored=kept)
     if machine is None:
         with progress_bar() as tell:
             machine = calibrate(loaded, settings, tell)
@@ -81,7 +87,7 @@ def command(
     result["fits"] = {k: f.model_dump() for k, f in machine.fits.items()}
     if check:
         result["fidelity"] = run_check(
-            machine, loaded, seed, schedules, check_repeats, max_tokens, check_out
+            machine, loaded, device, seed, schedules, check_repeats, max_tokens, check_out
         )
     print_json_line(result)
 
@@ -116,6 +122,7 @@ def print_profile(machine: HardwareProfile) -> None:
 def run_check(
     machine: HardwareProfile,
     loaded: LoadedModel,
+    device: str,
     seed: int,
     n_schedules: int,
     n_repeats: int,
@@ -126,7 +133,7 @@ def run_check(
     from dataclasses import asdict
 
     from ..calibration import fidelity
-    from ..core.record import append_line, write_atomic
+    from ..core.record import append_line, write_atomic, write_json
     from ..runtime.machine import provenance_here
     from .console import note, progress_bar
 
@@ -136,6 +143,7 @@ def run_check(
         points, drift = fidelity.check(
             machine,
             loaded,
+            device=device,
             seed=seed,
             n_schedules=n_schedules,
             n_repeats=n_repeats,
@@ -146,7 +154,7 @@ def run_check(
     summary = fidelity.summarise(points, drift)
     provenance = provenance_here(seed).model_dump(mode="json")
     raw = {"provenance": provenance, "summary": summary, "points": [asdict(p) for p in points]}
-    write_atomic(folder / "measured.json", (json.dumps(raw, indent=1) + "\n").encode())
+    write_json(folder / "measured.json", raw)
     note(f"predictions, written before measuring: {predicted}; all values: {folder}/measured.json")
     print_points(points, summary)
     return summary

@@ -57,6 +57,31 @@ def print_json_line(data: Mapping[str, Any]) -> None:
     _write(json.dumps(data, allow_nan=False))
 
 
+def counts(text: str, option: str) -> list[int]:
+    """Whole numbers from 1 on, by comma.
+
+    Raises:
+        CacheTuneError: something else; names the option.
+    """
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise CacheTuneError(f"{option} must be whole numbers from 1 on, by comma", values=text)
+    return found
+
+
+def print_metrics(result: Mapping[str, Any]) -> None:
+    """Times of requests served or simulated, as a table and then all of `result` as JSON."""
+    rows = [
+        {"metric": m, **{s: result[f"{m}_{s}"] for s in ("mean", "p50", "p90", "p99")}}
+        for m in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "queue_ms")
+    ]
+    print_table(rows, ("metric", "mean", "p50", "p90", "p99"))
+    print_json_line(result)
+
+
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Pass `items` through, with a bar on stderr when that is a terminal, else one line."""
     if total is None and isinstance(items, Sized):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -207,10 +206,3 @@ def _traces(demo: Demo, plan: ReusePlan, out: Path) -> dict[str, Any]:
     write_chrome(out / "trace.sim.json", simulated)
     write_chrome(out / "trace.real.json", real)
     return {"simulated": simulated, "real": real}
-
-
-def write_json(path: Path, data: object) -> None:
-    """Whole or not at all."""
-    from ..core.record import write_atomic
-
-    write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())

@@ -37,9 +37,10 @@ def finish(
 ) -> dict[str, Any]:
     """Write everything and print the table; returns the summary."""
     from ..calibration.fidelity import p95
+    from ..core.record import write_json
     from ..runtime.machine import provenance_here
     from .console import print_table
-    from .demo import PLAN_TIER, write_json
+    from .demo import PLAN_TIER
     from .report import write_report
 
     errors = [abs(r.error) for r in rows + sweep]

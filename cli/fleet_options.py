@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Option(help="A known model or a config.json.")]
-Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms= and share= of requests that keep it.")]
+Slo = Annotated[
+    str, typer.Option(help="ttft_ms=,tpot_ms= and share= of all requests that keep their level.")
+]
 ClassSlo = Annotated[
     list[str] | None,
     typer.Option(

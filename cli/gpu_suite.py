@@ -178,12 +178,12 @@ class Stamps:
 
     def write(self, step: Step, status: str, seconds: float) -> dict[str, Any]:
         """Stamp a step."""
-        from ..core.record import write_atomic
+        from ..core.record import write_json
 
         stamp = {"step": step.name, "status": status, "seconds": round(seconds, 1)}
         data = {**stamp, "argv": list(step.argv)}
         path = self.folder / f"{step.name}.json"
-        write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+        write_json(path, data)
         return stamp
 
     def log(self, step: Step) -> Path:

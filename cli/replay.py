@@ -85,7 +85,8 @@ def command(
     from .replay_snapshot import check_one_replica
     from .whatif_options import candidates, level, of_classes
 
-    check_writable(out, trace if life is not None else None, snapshot_out)
+    chrome = trace if life is not None else None
+    check_writable(out, chrome, snapshot_out, inputs=[file, catalogue, snapshot])
     check_one_replica(snapshot_out, replicas)
     rows = load_catalogue(catalogue)
     engine = {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
@@ -95,7 +96,7 @@ def command(
         policies=policy, formats=format, weights=weights, routers=router, evictions=eviction,
         dram_gib=dram_gib, ratio=ratio, engine=engine, overhead_ms=overhead_ms,
     ))  # fmt: skip
-    spec, asked = model_of(model), Slo(**level(slo)[0])
+    spec, asked = model_of(model), Slo(**level(slo, share=False)[0])
     table = _read(file, first, scale_rate, ids, drop_empty)
     _check_row(life, len(table))
     longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())

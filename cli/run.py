@@ -46,10 +46,10 @@ def command(
     from ..core.trace import write_chrome
     from ..core.workload import Workload
     from .bench_machine import checked_device, load_on
-    from .console import note, warn
+    from .console import note, print_metrics, warn
     from .tune import sample_workload
 
-    check_writable(trace)
+    check_writable(trace, inputs=[profile, plan, workload])
     machine = HardwareProfile.read(profile)
     tuned = TunedPlan.read(plan)
     if workload is not None:
@@ -67,7 +67,7 @@ def command(
     if trace is not None:
         write_chrome(trace, timeline)
         note(f"trace: {trace} (open it in ui.perfetto.dev)")
-    _report({**result, "quality": tuned.quality})
+    print_metrics({**result, "quality": tuned.quality})
 
 
 def check_here(
@@ -152,14 +152,3 @@ def _tier_of(tuned: TunedPlan, machine: HardwareProfile) -> str:
 
     named = [rule.tier for rule in tuned.plan.rules if rule.tier in machine.tiers]
     return named[0] if named else fastest_tier(machine)
-
-
-def _report(result: dict[str, Any]) -> None:
-    from .console import print_json_line, print_table
-
-    rows = [
-        {"metric": m, **{s: result[f"{m}_{s}"] for s in ("mean", "p50", "p90", "p99")}}
-        for m in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "queue_ms")
-    ]
-    print_table(rows, ("metric", "mean", "p50", "p90", "p99"))
-    print_json_line(result)

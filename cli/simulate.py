@@ -57,9 +57,9 @@ def command(
     from ..core.record import check_writable
     from ..core.trace import write_chrome
     from ..core.workload import Workload
-    from .console import note
+    from .console import note, print_metrics
 
-    check_writable(trace)
+    check_writable(trace, inputs=[profile, plan, workload])
     machine = HardwareProfile.read(profile)
     reuse = _plan(plan, machine, set_ or [], allow_mismatch)
     if workload is not None:
@@ -70,7 +70,7 @@ def command(
     if trace is not None:
         write_chrome(trace, timeline)
         note(f"trace: {trace} (open it in ui.perfetto.dev)")
-    _report(result)
+    print_metrics(result)
 
 
 def simulate(
@@ -177,14 +177,3 @@ def _plan(
             warn(differs)
         plan = tuned.plan
     return apply_settings(plan, settings)
-
-
-def _report(result: dict[str, Any]) -> None:
-    from .console import print_json_line, print_table
-
-    rows = [
-        {"metric": m, **{s: result[f"{m}_{s}"] for s in ("mean", "p50", "p90", "p99")}}
-        for m in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "queue_ms")
-    ]
-    print_table(rows, ("metric", "mean", "p50", "p90", "p99"))
-    print_json_line(result)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from ..core.arrivals import Arrivals
     from ..core.request_table import RequestTable
     from ..core.trace_make import Lengths
-
-T = TypeVar("T")
 
 command = typer.Typer(help="Requests over time: look into traces, convert them, make them.")
 make = typer.Typer(help="Make a trace from a seed. Lengths are MEAN or MEAN:CV, in tokens.")
@@ -30,7 +27,7 @@ _Zero = Annotated[str, typer.Option(help="Requests without output: refuse or dro
 _Block = Annotated[int | None, typer.Option(help="Tokens of a hashed block, if not the usual.")]
 _Rate = Annotated[float | None, typer.Option(help="Poisson arrivals for a file without times.")]
 _Out = Annotated[Path, typer.Option(help="Where the trace is written, JSON lines.")]
-_Seed = Annotated[int, typer.Option(help="Root of every random stream.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 _Rps = Annotated[float, typer.Option(help="Requests (or conversations) per second.")]
 _Kind = Annotated[str, typer.Option(help="poisson, gamma, bursts or even.")]
 _Cv = Annotated[float, typer.Option(help="Gamma: coefficient of variation of the gaps.")]
@@ -88,11 +85,7 @@ def convert(
     """Read a trace of any format, filter it, write it in ours."""
     from ..core.record import check_writable
 
-    check_writable(out)
-    if out.resolve() == file.resolve():
-        raise WorkloadError(
-            "a trace is not written over its source", values=str(out), remedy="name another --out"
-        )
+    check_writable(out, inputs=[file])
     table = _read(
         file, format, first, between_s, scale_rate, zero_output, block_tokens, ids, rate_rps, seed
     )
@@ -235,31 +228,21 @@ def _read(
 
 def _arrivals(kind: str, rate_rps: float, cv: float, bursts: str) -> Arrivals:
     from ..core.arrivals import Arrivals
+    from ..core.record import made
 
     on_s, off_s, quiet = _numbers("bursts", bursts, 3)
-    return _record(
-        Arrivals, kind=kind, rate_rps=rate_rps, cv=cv, on_s=on_s, off_s=off_s, quiet=quiet
-    )
+    return made(
+        Arrivals, "an option", error=WorkloadError,
+        kind=kind, rate_rps=rate_rps, cv=cv, on_s=on_s, off_s=off_s, quiet=quiet,
+    )  # fmt: skip
 
 
 def _length(text: str) -> Lengths:
+    from ..core.record import made
     from ..core.trace_make import Lengths
 
     mean, cv = _numbers("a length", text if ":" in text else f"{text}:0", 2)
-    return _record(Lengths, mean=mean, cv=cv)
-
-
-def _record(made: Callable[..., T], /, **values: Any) -> T:
-    """A record from options; what is wrong with them as our error."""
-    from pydantic import ValidationError
-
-    from ..core.record import first_problem
-
-    try:
-        return made(**values)
-    except ValidationError as e:
-        rule, got = first_problem(e)
-        raise WorkloadError(rule, values=got, remedy="correct the option") from None
+    return made(Lengths, "an option", error=WorkloadError, mean=mean, cv=cv)
 
 
 def _numbers(what: str, text: str, n: int) -> list[float]:

@@ -84,14 +84,22 @@ def plan(
     """Find the fastest plan that keeps the quality floor, on the simulated machine."""
     if context.invoked_subcommand is not None:
         return
+    from ..core.errors import PlanError
     from ..core.hardware import HardwareProfile
     from ..core.quality import QualityProfile
     from ..core.record import check_writable
     from ..core.workload import Workload
     from ..tuner.search import tune
-    from .console import note, warn
+    from .console import note, progress_bar, warn
 
-    check_writable(out)
+    check_writable(out, inputs=[profile, workload, quality])
+    if model is not None and not confirm:
+        raise PlanError(
+            "--model is what --confirm runs",
+            values=model,
+            remedy="add --confirm N, or leave it out",
+        )
+    checked_mode = _checked_mode(mode)
     machine = HardwareProfile.read(profile)
     if workload is not None:
         work = Workload.read(workload).by_content()
@@ -103,7 +111,7 @@ def plan(
     tiers = [name.strip() for name in tier.split(",")]
     for name in tiers:
         machine.tier(name)
-    with _runner(machine, model, confirm, device) as runner:
+    with _runner(machine, model, confirm, device) as runner, progress_bar() as tell:
         note(f"tuning for {', '.join(tiers)}: {trials} trials")
         tuned = tune(
             machine,
@@ -114,10 +122,11 @@ def plan(
             quality=measured,
             quality_floor=quality_floor,
             ratio_min=ratio_min,
-            mode=_checked_mode(mode),
+            mode=checked_mode,
             runner=runner,
             n_confirm=confirm,
             n_repeats=repeats,
+            progress=tell,
         )
     tuned.write(out)
     if tuned.quality != "measured":

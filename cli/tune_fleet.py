@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
 
 _File = Annotated[
     str, typer.Argument(metavar="TRACE", help="A trace, or traffic as of `cachetune whatif`.")
+]
+_Slo = Annotated[
+    str, typer.Option(help="ttft_ms=,tpot_ms= and share= of every class's requests that keep it.")
 ]
 _Counts = Annotated[str, typer.Option(help="GPUs per replica (tensor parallel), by commas.")]
 _Replicas = Annotated[str, typer.Option(help="Fewest and most replicas: LOW,HIGH.")]
@@ -42,7 +44,7 @@ DEFAULT_REQUESTS = 5000
 def command(
     trace: _File,
     model: options.Model = "Llama-3.1-8B",
-    slo: options.Slo = "ttft_ms=2000,tpot_ms=50,share=0.99",
+    slo: _Slo = "ttft_ms=2000,tpot_ms=50,share=0.99",
     gpu: options.Gpus = "A100-SXM-80GB,H100-SXM,L40S",
     n_gpus: _Counts = "1",
     replicas: _Replicas = "1,16",
@@ -68,15 +70,16 @@ def command(
     """Search fleets for a trace: hardware, policy, tiers, routing; cost against TTFT p99."""
     from ..core.catalogue import load_catalogue
     from ..core.model_presets import model_of
-    from ..core.record import check_writable
+    from ..core.record import check_writable, made
     from ..core.workload import Slo
     from ..tuner.trace_study import StudyQuestion
     from ..tuner.traffic import rate_of, traffic_of
-    from .whatif_options import level, made, with_prices
+    from .whatif_options import level, with_prices
 
     rows = with_prices(load_catalogue(catalogue), price or [])
+    check_writable(out, inputs=[trace, catalogue])
     journal = out.with_suffix(".journal.jsonl")
-    check_writable(out, journal)
+    check_writable(journal, inputs=[trace, catalogue])
     service, share = level(slo)
     chosen = _space({
         "gpus": gpu, "policies": policy, "stored": format, "disks": disk, "networks": network,
@@ -86,12 +89,13 @@ def command(
     spec = model_of(model)
     traffic = traffic_of(trace, ids=ids, zero_output="drop" if drop_empty else "refuse")
     table = traffic.table(requests or traffic.n_whole or DEFAULT_REQUESTS, 1.0, seed)
-    fields = {"model": spec, "traffic": traffic, "slo": Slo(**service), "n_requests": len(table),
-              "rate_rps": rate_rps if rate_rps is not None
-              else traffic.rate_rps or rate_of(table), "space": chosen,
-              "catalogue": rows if catalogue or price else None,
-              "n_trials": trials, "seed": seed}  # fmt: skip
-    question = made(StudyQuestion, fields, "the study")
+    fields: dict[str, Any] = {
+        "model": spec, "traffic": traffic, "slo": Slo(**service), "n_requests": len(table),
+        "rate_rps": traffic.rate_rps or rate_of(table) if rate_rps is None else rate_rps,
+        "space": chosen, "catalogue": rows if catalogue or price else None, "n_trials": trials,
+        "seed": seed,
+    }  # fmt: skip
+    question = made(StudyQuestion, "the study", **fields)
     _report(question, _search(question, workers, journal), share, out)
 
 
@@ -101,8 +105,9 @@ def _space(texts: Mapping[str, str], catalogue: Catalogue) -> Space:
     Raises:
         CacheTuneError: an unknown name, with the nearest; not a number; an empty list.
     """
+    from ..core.record import made
     from ..tuner.trace_study import Space
-    from .whatif_options import candidates, made, names
+    from .whatif_options import candidates, names
 
     fields: dict[str, Any] = {}
     for name, text in texts.items():
@@ -120,7 +125,7 @@ def _space(texts: Mapping[str, str], catalogue: Catalogue) -> Space:
                 )
         fields[name] = tuple(dict.fromkeys(found))
     fields["n_replicas"] = (min(fields["n_replicas"]), max(fields["n_replicas"]))
-    space: Space = made(Space, fields, "the study")
+    space: Space = made(Space, "the study", **fields)
     one: dict[str, Any] = {
         "gpus": texts["gpus"], "n_gpus": "1", "disks": "none", "networks": "none",
         "policies": "cachetune", "formats": "bf16", "routers": "least_load", "evictions": "lru",
@@ -167,7 +172,7 @@ def _search(question: StudyQuestion, workers: int, journal: Path) -> list[dict[s
 def _report(
     question: StudyQuestion, rows: Sequence[dict[str, Any]], share: float, out: Path
 ) -> None:
-    from ..core.record import write_atomic
+    from ..core.record import write_json
     from ..tuner.trace_study import cheapest, front, share_of
     from .console import note, print_json_line, print_table, warn
 
@@ -188,7 +193,7 @@ def _report(
         "front": kept,
         "trials": rows,
     }
-    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out, result)
     print_table([{**row, "share": share_of(row)} for row in kept], COLUMNS, "none better in both")
     if best is None:
         closest = max(able, key=lambda r: (share_of(r), -r["ttft_ms_p99"], -r["usd_per_h"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def _report(
     out: Path | None,
     not_predicted: list[dict[str, str]] | None = None,
 ) -> None:
-    from ..core.record import write_atomic
+    from ..core.record import write_json
     from ..runtime.machine import provenance_here
     from .console import note, print_json_line, print_table
 
@@ -81,6 +80,6 @@ def _report(
         data = {"provenance": provenance, **result, "rows": rows}
         if not_predicted is not None:
             data["not_predicted"] = not_predicted
-        write_atomic(out, (json.dumps(data, indent=1) + "\n").encode())
+        write_json(out, data)
         note(f"result: {out}")
     print_json_line(result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ def validate_published(out: Path | None = None) -> None:
         CacheTuneError: an output that cannot be written.
     """
     from ..calibration.published import studies
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_json
     from ..runtime.machine import provenance_here
     from .console import note, print_json_line, print_table
 
@@ -58,7 +57,7 @@ def validate_published(out: Path | None = None) -> None:
             "sources": {s.name: s.paper for s in found},
             "assumed": {s.name: list(s.assumed) for s in found},
         }
-        write_atomic(out, (json.dumps({**about, **result, **tables}, indent=1) + "\n").encode())
+        write_json(out, {**about, **result, **tables})
         note(f"result: {out}")
     print_json_line(result)
 

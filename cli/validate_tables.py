@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 SEED = 0
@@ -23,7 +22,7 @@ def validate_tables(data: Path, out: Path | None, gpus: tuple[str, ...] = ()) ->
 
     from ..calibration.kernel_holdout import hold_outs, together, whole_gpus
     from ..calibration.kernel_tables import read_tables
-    from ..core.record import check_writable, write_atomic
+    from ..core.record import check_writable, write_json
     from ..runtime.machine import provenance_here
     from .console import note, print_json_line, print_table
 
@@ -41,7 +40,7 @@ def validate_tables(data: Path, out: Path | None, gpus: tuple[str, ...] = ()) ->
             "sources": {f"{t.gpu} {t.kind}": t.source for t in tables},
             "rows": rows,
         }
-        write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(out, result)
         note(f"result: {out}")
     bounded = [r for r in found if r.bound is not None]
     missed = [f"{r.gpu} {r.kind}" for r in bounded if not r.passed]

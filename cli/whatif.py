@@ -84,28 +84,13 @@ def command(
     from .whatif_run import run
 
     rows = with_prices(load_catalogue(catalogue), price or [])
-    engine = {
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "max_num_seqs": max_num_seqs,
-        "utilization": gpu_memory_utilization,
-    }
+    engine = {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
+              "utilization": gpu_memory_utilization}  # fmt: skip
     chosen = candidates(
-        rows,
-        gpus=gpu,
-        n_gpus=n_gpus,
-        stages=stages,
-        disks=disk,
-        networks=network,
-        policies=policy,
-        formats=format,
-        weights=weights,
-        routers=router,
-        evictions=eviction,
-        dram_gib=dram_gib,
-        ratio=ratio,
-        engine=engine,
-        overhead_ms=overhead_ms,
-    )
+        rows, gpus=gpu, n_gpus=n_gpus, stages=stages, disks=disk, networks=network,
+        policies=policy, formats=format, weights=weights, routers=router, evictions=eviction,
+        dram_gib=dram_gib, ratio=ratio, engine=engine, overhead_ms=overhead_ms,
+    )  # fmt: skip
     comes = traffic_of(traffic, ids=ids, zero_output="drop" if drop_empty else "refuse")
     check_writable(out / "whatif.json")
     levels, first = of_classes(class_slo or [], priority, comes.classes)
@@ -123,31 +108,26 @@ def _question(
     horizon: float,
     max_requests: int,
 ) -> Question:
-    from pydantic import ValidationError
-
-    from ..core.errors import CacheTuneError
     from ..core.model_presets import model_of
-    from ..core.record import first_problem
+    from ..core.record import made
     from ..core.workload import Slo
     from ..tuner.evaluate import RunLength
     from ..tuner.question import Question
     from .whatif_options import level
 
     limits, share = level(slo)
-    try:
-        return Question(
-            model=model_of(model),
-            slo=Slo(**limits),
-            attainment=share,
-            traffic=comes,
-            target_rps=target_rps if target_rps is not None else comes.rate_rps,
-            seeds=tuple(range(seeds)),
-            length=RunLength(
-                horizon_s=horizon,
-                max_requests=max_requests,
-                min_requests=min(max(400, round(20 / max(1 - share, 1e-3))), max_requests),
-            ),
-        )
-    except ValidationError as e:
-        text, got = first_problem(e)
-        raise CacheTuneError(f"the question: {text}", values=got) from None
+    return made(
+        Question,
+        "the question",
+        model=model_of(model),
+        slo=Slo(**limits),
+        attainment=share,
+        traffic=comes,
+        target_rps=target_rps if target_rps is not None else comes.rate_rps,
+        seeds=tuple(range(seeds)),
+        length=RunLength(
+            horizon_s=horizon,
+            max_requests=max_requests,
+            min_requests=min(max(400, round(20 / max(1 - share, 1e-3))), max_requests),
+        ),
+    )

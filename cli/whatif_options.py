@@ -1,21 +1,18 @@
-"""What the options of `cachetune whatif` say: candidates and the question."""
+"""What options about fleets say: candidates, service levels, prices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CacheTuneError
+from ..core.units import GIB
 
 if TYPE_CHECKING:
     from ..core.catalogue import Catalogue
     from ..core.workload import Slo
     from ..tuner.candidate import Candidate
-
-GIB = 1 << 30
-
-Made = TypeVar("Made")
 
 
 def names(text: str) -> list[str]:
@@ -23,34 +20,34 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def level(text: str) -> tuple[dict[str, float], float]:
+def level(text: str, *, share: bool = True) -> tuple[dict[str, float], float]:
     """(`ttft_ms` and `tpot_ms`, share) of `ttft_ms=500,tpot_ms=40,share=0.99`.
+
+    Args:
+        share: whether a share may be given; it is 0.99 if it is not.
 
     Raises:
         CacheTuneError: a name is unknown or missing, a value is not a positive number.
     """
-    found: dict[str, float] = {"share": 0.99}
+    found: dict[str, float] = {}
+    rule = "the SLO must give ttft_ms and tpot_ms" + (", and may give share" if share else " alone")
+    remedy = "for example ttft_ms=500,tpot_ms=40" + (",share=0.99" if share else "")
     for part in names(text):
         name, _, value = part.partition("=")
         try:
             number = float(value)
         except ValueError:
             number = -1.0
-        if name not in ("ttft_ms", "tpot_ms", "share") or not 0 < number < float("inf"):
-            raise CacheTuneError(
-                "the SLO must give ttft_ms and tpot_ms, and may give share",
-                values=repr(part),
-                remedy="for example ttft_ms=500,tpot_ms=40,share=0.99",
-            )
+        allowed = ("ttft_ms", "tpot_ms", "share") if share else ("ttft_ms", "tpot_ms")
+        if name not in allowed or name in found or not 0 < number < float("inf"):
+            raise CacheTuneError(rule, values=repr(part), remedy=remedy)
         found[name] = number
-    share = found.pop("share")
-    if set(found) != {"ttft_ms", "tpot_ms"} or share > 1:
+    kept = found.pop("share", 0.99)
+    if set(found) != {"ttft_ms", "tpot_ms"} or kept > 1:
         raise CacheTuneError(
-            "the SLO must give ttft_ms and tpot_ms, and a share of at most 1",
-            values=repr(text),
-            remedy="for example ttft_ms=500,tpot_ms=40,share=0.99",
+            f"{rule}, a share of at most 1" if share else rule, values=repr(text), remedy=remedy
         )
-    return found, share
+    return found, kept
 
 
 def of_classes(
@@ -63,7 +60,16 @@ def of_classes(
     """
     from ..core.workload import Slo
 
-    slo = {name: Slo(**level(text)[0]) for name, _, text in (t.rpartition(":") for t in levels)}
+    slo: dict[str, Slo] = {}
+    for given in levels:
+        name, colon, text = given.rpartition(":")
+        if not colon or name in slo:
+            raise CacheTuneError(
+                "a class's level must be NAME:ttft_ms=,tpot_ms=, once for each class",
+                values=repr(given),
+                remedy="for example chat:ttft_ms=500,tpot_ms=40",
+            )
+        slo[name] = Slo(**level(text, share=False)[0])
     first = tuple(names(priority))
     for name in (*slo, *first):
         if name not in known:
@@ -130,6 +136,8 @@ def candidates(
     """
     from ..core.machine_spec import compose
     from ..core.memory_sum import EngineMemory
+    from ..core.record import made
+    from ..tuner.candidate import Candidate
 
     found: dict[str, Candidate] = {}
     every = (gpus, n_gpus, stages, disks, networks, policies, formats, weights, routers, evictions)
@@ -144,13 +152,15 @@ def candidates(
             disk=None if disk == "none" else disk,
             network=None if network == "none" else network,
         )
-        candidate = _checked(
+        candidate = made(
+            Candidate,
+            "the candidate",
             machine=machine,
             stages=count[1],
             policy=policy,
             stored=stored,
             recompute_ratio=ratio,
-            engine=_engine(EngineMemory, {**engine, "weights": weight}),
+            engine=made(EngineMemory, "the engine", **{**engine, "weights": weight}),
             overhead_s=overhead_ms / 1e3,
             router=router,
             eviction=eviction,
@@ -167,28 +177,6 @@ def candidates(
             remedy="name at least one of each; none stands for no disk, no network",
         )
     return list(found.values())
-
-
-def _checked(**fields: Any) -> Candidate:
-    from ..tuner.candidate import Candidate
-
-    return made(Candidate, fields, "the candidate")
-
-
-def _engine(kind: type[Made], fields: dict[str, Any]) -> Made:
-    return made(kind, fields, "the engine")
-
-
-def made(kind: type[Made], fields: dict[str, Any], what: str) -> Made:
-    from pydantic import ValidationError
-
-    from ..core.record import first_problem
-
-    try:
-        return kind(**fields)
-    except ValidationError as e:
-        text, got = first_problem(e)
-        raise CacheTuneError(f"{what}: {text}", values=got, remedy="correct the option") from None
 
 
 def _bytes(gib: float) -> int:

@@ -8,6 +8,9 @@ const GROUPS = [["machine", "machine"], ["tiers", "tiers"], ["policy", "policy"]
 const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d1f",
   "#444444"];
 const slo = answer.question.slo;
+// Percentiles are of all requests: of traffic in classes they are held against no single level.
+const asks = (name) => Object.keys(answer.question.class_slo).length ? " of all classes"
+  : ` (asked: ${number(slo[name])} ms)`;
 const base = answer.rows.find((r) => r.fingerprint === answer.best);
 const asked = answer.question.target_rps;
 let selected = (base || answer.rows[0]).fingerprint;
@@ -102,8 +105,14 @@ function buildCards() {
     }
     cards.push([(base.at_least ? "≥ " : "") + number(base.capacity_rps) + " req/s", `one replica carries (${between(base.low_rps, base.high_rps)})`
       + (base.limit ? `, limited by ${base.limit}` : "")]);
-    cards.push([number(at.ttft_ms_p99) + " ms", `TTFT p99 (asked: ${number(slo.ttft_ms)} ms)`]);
-    cards.push([number(at.tpot_ms_p99) + " ms", `TPOT p99 (asked: ${number(slo.tpot_ms)} ms)`]);
+    cards.push([number(at.ttft_ms_p99) + " ms", `TTFT p99${asks("ttft_ms")}`]);
+    cards.push([number(at.tpot_ms_p99) + " ms", `TPOT p99${asks("tpot_ms")}`]);
+    const classes = Object.entries(at.good_share || {});
+    if (classes.length > 1) {
+      const shares = classes.map(([name, share]) => `${name || "no class"} ${number(100 * share)} %`);
+      cards.push([number(100 * Math.min(...classes.map(([, share]) => share))) + " %",
+        `of the class that keeps its level least (${shares.join(", ")})`]);
+    }
   }
   for (const [value, text] of cards) {
     const card = element("div", null, { class: "card", title: origin(base) });

@@ -40,16 +40,16 @@ def run(
         CacheTuneError: nothing can do it; says what is closest.
         Interrupted: Ctrl-C, after writing what was there.
     """
-    from ..tuner.sensitivity import changes, default_changes, effects, tasks
-    from ..tuner.sweep import Interrupted, sweep
+    from ..tuner.sensitivity import changes, check_changes, default_changes, effects, split, tasks
+    from ..tuner.sweep import Interrupted, Journal, sweep
     from ..tuner.whatif import best, plan, task_of
 
     journal = out / "journal.jsonl"
     if fresh:
         journal.unlink(missing_ok=True)
+    n_kept = len(Journal(journal).read())
     asked = [] if what_if is None else changes(what_if)
-    for change in asked:  # a wrong value is told now, not after the candidates
-        change.apply(question, chosen[0], catalogue)
+    check_changes(asked, question, chosen, catalogue)
     with progress_bar() as tell:
 
         def swept(what: str, todo: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def run(
         except Interrupted as e:
             done = [row for row in e.results if row is not None]
             if done:
-                _write(_answer(question, done, None, []), out)
+                _write(_answer(question, done, None, []), out, n_kept)
             note(f"{len(done)} of {len(chosen)} candidates kept in {out}; run again to go on")
             raise
         winner = best(rows, question.target_rps is not None)
@@ -76,6 +76,7 @@ def run(
         if winner is not None:
             of_winner = next(c for c in chosen if c.fingerprint() == winner["fingerprint"])
             asked = asked if what_if is not None else default_changes(of_winner)
+            asked, found = split(asked, question, of_winner, catalogue)
             try:
                 changed = [*swept("what if", tasks(asked, question, of_winner, catalogue))]
             except Interrupted as e:
@@ -83,9 +84,9 @@ def run(
                 pairs = [(a, r) for a, r in zip(asked, e.results, strict=True) if r is not None]
                 note(f"{len(pairs)} of {len(asked)} what-ifs kept in {out}; run again to go on")
                 asked, changed = [a for a, _ in pairs], [r for _, r in pairs]
-            found = effects(asked, changed, winner, question.attainment)
+            found = effects(asked, changed, winner, question.attainment) + found
     answer = _answer(question, rows, winner, found)
-    _write(answer, out)
+    _write(answer, out, n_kept)
     if stopped is not None:
         raise stopped
     _print(answer, out)
@@ -128,6 +129,8 @@ def _assumptions() -> list[str]:
         "from a tier slower than computing a prompt loads only what makes it end no later, or "
         "later by less than it saves those that wait; what else lies there is computed "
         "(unloaded_share). A plan with a row's rules does the same",
+        "decode steps go without the memory bandwidth that what is loaded beside them takes; steps "
+        "with a prompt's pieces lose nothing to loads",
         "disks, memory and network come with the rented GPU unless they have a price",
         "intervals hold two things: samples of traffic (95 % nominal; requests count as fewer, as "
         "their failures come in bursts) and the cost model (all kernels at one end of their 90 % "
@@ -229,8 +232,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _write(answer: dict[str, Any], out: Path) -> None:
-    from ..core.record import write_atomic
+def _write(answer: dict[str, Any], out: Path, n_kept: int) -> None:
+    from ..core.record import write_atomic, write_json
     from ..runtime.machine import provenance_here
     from .whatif_page import page
 
@@ -242,8 +245,9 @@ def _write(answer: dict[str, Any], out: Path) -> None:
     write_atomic(out / "whatif.csv", text.getvalue().encode())
     write_atomic(out / "whatif.json", (json.dumps(answer, allow_nan=False) + "\n").encode())
     write_atomic(out / "whatif.html", page(answer).encode())
-    made_by = provenance_here(answer["question"]["seeds"][0])  # apart: the answer is the same again
-    write_atomic(out / "provenance.json", (made_by.model_dump_json(indent=1) + "\n").encode())
+    # Apart from the answer, which is the same again; rows that the journal had may be older.
+    made_by = provenance_here(answer["question"]["seeds"][0]).model_dump(mode="json")
+    write_json(out / "provenance.json", made_by | {"rows_kept_from_before": n_kept})
 
 
 def _print(answer: dict[str, Any], out: Path) -> None:

@@ -22,6 +22,20 @@ from .units import NS_PER_S
 DURATION_S_MAX = float(1 << 62) / NS_PER_S
 
 
+def check_duration(times_s: NDArray[np.float64], rate_rps: float) -> None:
+    """Whether ascending times fit into nanoseconds.
+
+    Raises:
+        WorkloadError: they are longer than 146 years.
+    """
+    if not times_s[-1] < DURATION_S_MAX:
+        raise WorkloadError(
+            "arrivals lie within 146 years",
+            values=f"{len(times_s)} at {rate_rps} requests/s",
+            remedy="raise the rate",
+        )
+
+
 class Arrivals(Record):
     """An arrival process of `rate_rps` requests per second on average.
 
@@ -62,12 +76,7 @@ class Arrivals(Record):
             times_s = np.cumsum(stream.exponential(size=n)) / self.rate_rps
             if self.kind == "bursts":
                 times_s = self._modulated(times_s, rng(seed, "arrivals", "states"))
-        if not times_s[-1] < DURATION_S_MAX:
-            raise WorkloadError(
-                "arrivals lie within 146 years",
-                values=f"{n} at {self.rate_rps} requests/s",
-                remedy="raise the rate",
-            )
+        check_duration(times_s, self.rate_rps)
         return np.rint(times_s * NS_PER_S).astype(np.int64)
 
     def _modulated(

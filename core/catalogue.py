@@ -183,8 +183,8 @@ def _find(rows: Mapping[str, Row], name: str, what: str) -> Row:
     raise ProfileError(
         f"the {what} must be one of the catalogue",
         values=repr(name),
-        remedy=f"{hint} `cachetune catalogue list` prints all, whatif and replay take your own "
-        "by --catalogue",
+        remedy=f"{hint} `cachetune catalogue list` prints all; whatif, replay and tune fleet take "
+        "your own by --catalogue",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .arrivals import check_duration
 from .chunk_index import content_id_of
 from .errors import WorkloadError
 from .rng import rng
@@ -118,7 +119,9 @@ def _arrivals(seed: int, n: int, rate_rps: float | None, spacing_s: float) -> li
     if rate_rps is None:
         return [s_to_ns(i * spacing_s) for i in range(n)]
     gaps_s = rng(seed, "arrivals").exponential(1.0, size=n) / rate_rps
-    return [s_to_ns(float(t)) for t in np.cumsum(gaps_s)]
+    times_s = np.cumsum(gaps_s)
+    check_duration(times_s, rate_rps)
+    return [s_to_ns(float(t)) for t in times_s]
 
 
 def _prompts(

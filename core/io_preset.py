@@ -29,13 +29,15 @@ class IoPreset:
     bytes_per_s: float
     latency_s: float
 
+    @property
+    def knobs(self) -> dict[str, int | str]:
+        """Those of a plan."""
+        names = ("n_io_workers", "request_bytes", "load_order")
+        return {name: getattr(self, name) for name in names}
+
     def apply(self, plan: ReusePlan) -> ReusePlan:
         """`plan` with these knobs of reading."""
-        return plan.replace(
-            n_io_workers=self.n_io_workers,
-            request_bytes=self.request_bytes,
-            load_order=self.load_order,
-        )
+        return plan.replace(**self.knobs)
 
 
 IO_PRESETS = {

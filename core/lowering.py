@@ -31,7 +31,12 @@ def lower(
     new_id: NewId,
     attempt: int = 0,
 ) -> list[list[Op]]:
-    """Ops of one prompt, a list per piece, in submission order; the last op is its `head`."""
+    """Ops of one prompt, a list per piece, in submission order; the last op is its `head`.
+
+    Raises:
+        PlanError: more pipeline stages than layers.
+    """
+    plan.check_stages(model.n_layers)
     return _Lowering(request_id, decision, plan, model, new_id, attempt).pieces()
 
 

@@ -100,6 +100,19 @@ class ReusePlan(Record):
             )
         return self
 
+    def check_stages(self, n_layers: int) -> None:
+        """Whether every pipeline stage has a layer.
+
+        Raises:
+            PlanError: both numbers.
+        """
+        if self.pipeline_stages > n_layers:
+            raise PlanError(
+                "pipeline_stages must not exceed the model's layers",
+                values=f"{self.pipeline_stages} stages, {n_layers} layers",
+                remedy="use fewer stages",
+            )
+
     def stage_start(self, stage: int, n_layers: int) -> int:
         """First layer of a pipeline stage; stages cut the layers into equal ranges."""
         return -(-stage * n_layers // self.pipeline_stages)

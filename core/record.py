@@ -12,12 +12,15 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import CacheTuneError, SchemaError
+
+Made = TypeVar("Made")
 
 TEMP_PREFIX = ".cachetune-"
 
@@ -162,6 +165,11 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         raise _not_writable(path, e) from None
 
 
+def write_json(path: str | Path, data: object) -> None:
+    """JSON for people to read, as `write_atomic`; raises as that does."""
+    write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
 def append_line(path: str | Path, line: str) -> None:
     """One more line of a file that grows while something is measured; what is there stays.
 
@@ -179,16 +187,23 @@ def append_line(path: str | Path, line: str) -> None:
         ) from None
 
 
-def check_writable(*paths: str | Path | None) -> None:
+def check_writable(*paths: str | Path | None, inputs: Sequence[str | Path | None] = ()) -> None:
     """Refuse outputs that cannot be written before the work for them is done; None is skipped.
 
     Raises:
-        CacheTuneError: no permission, no space, not a file.
+        CacheTuneError: no permission, no space, not a file, or one of the inputs.
     """
+    sources = {os.path.realpath(source) for source in inputs if source is not None}
     for path in paths:
         if path is None:
             continue
         target = Path(os.path.realpath(path))
+        if str(target) in sources:
+            raise CacheTuneError(
+                "an output is not written over an input",
+                values=str(path),
+                remedy="name another file",
+            )
         try:
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -199,6 +214,26 @@ def check_writable(*paths: str | Path | None) -> None:
                 Path(folder, target.name).write_bytes(bytes(4096))
         except OSError as e:
             raise _not_writable(path, e) from None
+
+
+def made(
+    kind: Callable[..., Made],
+    what: str,
+    /,
+    *,
+    error: type[CacheTuneError] = CacheTuneError,
+    **fields: Any,
+) -> Made:
+    """A record of what a user gave.
+
+    Raises:
+        CacheTuneError (or `error`): what is wrong with which field, begun with `what`.
+    """
+    try:
+        return kind(**fields)
+    except ValidationError as e:
+        text, got = first_problem(e)
+        raise error(f"{what}: {text}", values=got, remedy="correct the option") from None
 
 
 def first_problem(e: ValidationError) -> tuple[str, str]:

@@ -1,25 +1,19 @@
-"""Timelines as files: Chrome trace events to look at, raw spans to compute from again.
+"""Timelines as Chrome traces.
 
-The trace opens in ui.perfetto.dev and chrome://tracing: a process per device, a thread per
+A trace opens in ui.perfetto.dev and chrome://tracing: a process per device, a thread per
 stream, a slice per op, an arrow per dependency, an instant where the host has waited for a device.
 Source: the Trace Event Format document.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import MISSING, astuple, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import SchemaError
-from .ops import NOTHING, Op, Outcome, Segment, Span
+from .ops import Span
 from .record import canonical_json, write_atomic
 from .timeline import HostWait, Timeline
 from .units import NS_PER_US
-from .workload import Request
-
-SPANS_VERSION = 1
 
 
 def to_chrome(timeline: Timeline) -> dict[str, Any]:
@@ -91,7 +85,8 @@ def _slice(span: Span, lanes: dict[tuple[int, str], int], start_ns: int) -> dict
             "op_id": op.op_id,
             "seq": span.seq,
             "wait_us": (span.start_ns - span.submit_ns) / NS_PER_US,
-            **{name: value for name, value in _plain(op).items() if name in _ARGS},
+            "request_ids": list(op.request_ids),
+            **{name: _plain(value) for name in _ARGS if (value := getattr(op, name))},
         },
     }
 
@@ -111,9 +106,11 @@ def _instant(wait: HostWait, lanes: dict[tuple[int, str], int], start_ns: int) -
     }
 
 
-_ARGS = frozenset(
-    ("request_ids", "n_tokens", "n_pairs", "n_bytes", "n_reads", "tier", "chunks", "attempt")
-)
+_ARGS = ("n_tokens", "n_pairs", "n_bytes", "n_reads", "tier", "chunks", "attempt")
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _arrow(
@@ -135,101 +132,3 @@ def _arrow(
         ends.append(event)
     ends[1]["bp"] = "e"
     return ends
-
-
-def write_spans(path: str | Path, timeline: Timeline) -> None:
-    """Write raw spans as JSON lines: a header with the requests, then one span per line."""
-    header: dict[str, Any] = {
-        "document": "spans",
-        "schema_version": SPANS_VERSION,
-        "label": timeline.label,
-        "start_ns": timeline.start_ns,
-        "requests": [r.model_dump(mode="json", exclude_defaults=True) for r in timeline.requests],
-    }
-    if timeline.waits:
-        header["waits"] = [astuple(wait) for wait in timeline.waits]
-    lines = [canonical_json(header)]
-    for span in timeline.spans:
-        line: dict[str, Any] = {
-            "seq": span.seq,
-            "submit_ns": span.submit_ns,
-            "start_ns": span.start_ns,
-            "end_ns": span.end_ns,
-            "op": _plain(span.op),
-        }
-        if span.outcome != NOTHING:
-            line["outcome"] = _plain(span.outcome)
-        lines.append(canonical_json(line))
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
-
-
-def read_spans(path: str | Path) -> Timeline:
-    """The timeline that `write_spans` wrote, equal to the original.
-
-    Raises:
-        SchemaError: not readable, another version, or a line that is not a span.
-    """
-    try:
-        header, *lines = Path(path).read_text(encoding="utf-8").splitlines()
-        head = json.loads(header)
-        found = head.get("document"), head.get("schema_version")
-        if found == ("spans", SPANS_VERSION):
-            return Timeline(
-                spans=tuple(_span(json.loads(line)) for line in lines),
-                start_ns=head["start_ns"],
-                requests=tuple(
-                    Request.model_validate_json(json.dumps(r)) for r in head["requests"]
-                ),
-                label=head["label"],
-                waits=tuple(HostWait(*wait) for wait in head.get("waits", ())),
-            )
-    except OSError as e:
-        raise SchemaError(
-            "the spans file must be readable",
-            values=f"{path}: {e.strerror}",
-            remedy="check the path",
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SchemaError(
-            f"{path} must hold a header and one span per line",
-            values=f"{type(e).__name__}: {e}".splitlines()[0],
-            remedy="record the run again",
-        ) from None
-    raise SchemaError(
-        f"{path} must be a spans file of version {SPANS_VERSION}",
-        values=f"document={found[0]}, schema_version={found[1]}",
-        remedy="record the run again with this version of cachetune",
-    )
-
-
-def _plain(item: Op | Outcome) -> dict[str, Any]:
-    """Fields of a dataclass that differ from their default, as JSON values."""
-    plain: dict[str, Any] = {}
-    for field in fields(item):
-        value = getattr(item, field.name)
-        if field.default is MISSING or value != field.default:
-            if field.name == "segments":
-                value = [(s.part, s.start, s.stop) for s in value]
-            elif field.name == "parts":
-                value = [_plain(part) for part in value]
-            plain[field.name] = list(value) if isinstance(value, tuple) else value
-    return plain
-
-
-def _span(line: dict[str, Any]) -> Span:
-    outcome = {k: tuple(v) for k, v in line.get("outcome", {}).items()}
-    return Span(
-        op=_op(line["op"]),
-        seq=line["seq"],
-        submit_ns=line["submit_ns"],
-        start_ns=line["start_ns"],
-        end_ns=line["end_ns"],
-        outcome=Outcome(**outcome) if outcome else NOTHING,
-    )
-
-
-def _op(fields_of: dict[str, Any]) -> Op:
-    op: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields_of.items()}
-    op["segments"] = tuple(Segment(*s) for s in op.get("segments", ()))
-    op["parts"] = tuple(_op(part) for part in op.get("parts", ()))
-    return Op(**op)

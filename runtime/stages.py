@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import CapacityError, PlanError
+from ..core.errors import CapacityError
 from ..core.plan import ReusePlan
 from .attention import Rows
 from .cuda_graphs import DecodeGraphs
@@ -37,13 +37,8 @@ class Stages:
         self, loaded: LoadedModel, devices: Sequence[Device], kv_capacity_tokens: int
     ) -> None:
         n, n_layers = len(devices), loaded.spec.n_layers
-        if n > n_layers:
-            raise PlanError(
-                "pipeline_stages must not exceed the model's layers",
-                values=f"{n} stages, {n_layers} layers",
-                remedy="use fewer stages",
-            )
         plan = ReusePlan(pipeline_stages=n)
+        plan.check_stages(n_layers)
         edges = [plan.stage_start(s, n_layers) for s in range(n + 1)]
         self.loaded = loaded
         self.spec = loaded.spec

@@ -109,11 +109,6 @@ class Link:
         self._since_ns = 0
         self._armed_ns = -1
 
-    @property
-    def n_active(self) -> int:
-        """Loads that move bytes now."""
-        return len(self._active)
-
     def join(self, task: Task, n_bytes: int) -> None:
         """Start moving the bytes of `task`; `on_end` is called with it when they are there."""
         self._advance()

@@ -354,7 +354,7 @@ class _Run:
             job.new_keys = []
 
     def landing(self, replica: Replica) -> tuple[float, int]:
-        """Share of its speed that compute loses to loads, and until when."""
+        """Share of its speed that decoding loses to loads, and until when."""
         return self.loads.landing(replica.index)
 
     def preempted(self, replica: Replica, job: Job) -> None:

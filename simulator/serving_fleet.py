@@ -73,8 +73,8 @@ class ReplicaSpec(Record):
     host_link_duplex: float = Field(default=1.0, gt=0, le=1)
     """Share of that rate which is left to loads while chunks are written the other way."""
     gpu_bytes_per_s: float | None = Field(default=None, gt=0)
-    """Bandwidth of its GPUs' memory: compute goes without what lands there. None: it loses nothing.
-    Needs the host's link."""
+    """Bandwidth of its GPUs' memory. Decode steps, which it bounds, go without what lands there;
+    steps with prompt pieces, bound by arithmetic, lose nothing. None: nor do decode steps."""
     loads_in_order: bool = False
     """Whether loads of a replica from one tier wait for each other, and its steps for loads, as on
     in-order streams; else loads share the tier's rate evenly and steps begin when they need not
@@ -92,6 +92,8 @@ class ReplicaSpec(Record):
             raise ValueError(
                 "gpu_bytes_per_s needs host_link_bytes_per_s: what lands comes over it"
             )
+        if self.gpu_bytes_per_s is not None and self.limits.steps == "pieces":
+            raise ValueError("gpu_bytes_per_s is for mixed steps, pieces have costs of their own")
         return self
 
 

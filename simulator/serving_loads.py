@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core.step_cost import StepCost
 from ..core.units import NS_PER_S
+from .interference import SLOWEST
 from .serving_fleet import Fleet
 from .serving_jobs import Job
 from .serving_links import Flow, Link, beside, join, leave
@@ -26,8 +27,6 @@ Push = Callable[[int, int, Any, int], None]
 
 MOVED, READY = 1, 2
 """Kinds of events: a flow has ended, a first piece may begin."""
-MOST_LOST = 0.8
-"""Share of its speed that compute can lose, as in `simulator/interference.py`."""
 
 
 class Loads:
@@ -127,7 +126,7 @@ class Loads:
             return 0.0, 0
         assert self._gpu_rate is not None
         bytes_per_ns = sum([flow.n_bytes * flow.rate for flow in flows])
-        lost = min(MOST_LOST, bytes_per_ns * NS_PER_S / self._gpu_rate)
+        lost = min(1 - SLOWEST, bytes_per_ns * NS_PER_S / self._gpu_rate)
         return lost, max([flow.end_ns for flow in flows])
 
     def _changed(self, flow: Flow) -> None:

@@ -18,7 +18,6 @@ from .serving_decodes import Decodes
 from .serving_fleet import ServingLimits
 from .serving_job_blocks import JobBlocks
 from .serving_jobs import Job
-from .serving_links import beside
 from .serving_policy import take_rows
 from .serving_step import Step, Stretch
 
@@ -43,7 +42,7 @@ class Host(Protocol):
         ...
 
     def landing(self, replica: Replica) -> tuple[float, int]:
-        """Share of its speed that compute loses to loads, and until when."""
+        """Share of its speed that decoding loses to loads, and until when."""
         ...
 
 
@@ -123,15 +122,13 @@ class Replica:
             preempted = preempted or hurt
         if not preempted and budget > 0:
             self._admit(step, shapes, budget, now_ns)
-        lost, until_ns = self.host.landing(self)
         if step.pieces:
-            alone_ns = self._step_ns(step, shapes)
-            step.end_ns += round(beside(alone_ns, lost, until_ns - step.start_ns))
+            step.end_ns += self._step_ns(step, shapes)
             self._commit(step)
         elif decodes.n:
             n = 1 if preempted else decodes.run_length(self.blocks.n_free)
             batch = decodes.n, decodes.kv_tokens, decodes.kv_max()
-            step.stretch = Stretch(self.cost, batch, n, step.start_ns, lost, until_ns)
+            step.stretch = Stretch(self.cost, batch, n, step.start_ns, *self.host.landing(self))
             self._time(step, step.stretch)
         else:
             return None

@@ -61,19 +61,20 @@ def evaluate(
     result = serve_trace(table, fleet, cost, seed=seed, snapshot=snapshot)
     judged = np.arange(len(result)) >= n_ramp + int(length.warm_share * (len(result) - n_ramp))
     in_ttft, in_tpot = (kept[judged] for kept in result.keeps_slo())
-    batches = np.array_split(in_ttft & in_tpot, BATCHES)
+    good = in_ttft & in_tpot
+    batches = np.array_split(good, BATCHES)
     behind = falls_behind(result.arrival_ns[judged], result.ttft_ms[judged])
     metrics = {"in_ttft": float(in_ttft.mean()), "in_tpot": float(in_tpot.mean())}
     metrics |= {"traffic_s": float(np.ptp(result.arrival_ns)) / NS_PER_S}
     return Trial(
         rate_rps=rate_rps,
         seed=seed,
-        good_share=float((in_ttft & in_tpot).mean()),
+        good_share=float(good.mean()),
         behind=behind,
         good=tuple(int(batch.sum()) for batch in batches),
         judged=tuple(len(batch) for batch in batches),
         n_whole=traffic.n_whole,
-        metrics=metrics | _metrics(result, judged),
+        metrics=metrics | _metrics(result, judged) | _by_class(result, judged, good),
     )
 
 
@@ -94,6 +95,16 @@ def falls_behind(arrival_ns: NDArray[np.int64], ttft_ms: NDArray[np.float64]) ->
     return float(np.median(slopes)) if len(slopes) else 0.0
 
 
+def _by_class(
+    result: ServingResult, judged: NDArray[np.bool_], good: NDArray[np.bool_]
+) -> dict[str, Any]:
+    codes = result.table.slo_class[judged]
+    names = enumerate(result.table.classes)
+    return {
+        "good_share": {n: float(good[codes == c].mean()) for c, n in names if (codes == c).any()}
+    }
+
+
 def _metrics(result: ServingResult, judged: NDArray[np.bool_]) -> dict[str, Any]:
     table = result.table
     span_s = max(float(np.ptp(result.end_ns[judged])) / NS_PER_S, 1e-9)
@@ -101,14 +112,7 @@ def _metrics(result: ServingResult, judged: NDArray[np.bool_]) -> dict[str, Any]
     output = int(table.output_tokens[judged].sum(dtype=np.int64))
     loaded = result.loaded_tokens[judged].sum(axis=0) / prompt
     law = result.littles_law()
-    good = np.logical_and(*result.keeps_slo())
-    by_class = {
-        name: float(good[rows].mean())
-        for code, name in enumerate(table.classes)
-        if (rows := judged & (table.slo_class == code)).any()
-    }
     found: dict[str, Any] = {
-        "good_share": by_class,
         "n_requests": len(result),
         "prompt_tokens_per_s": prompt / span_s,
         "output_tokens_per_s": output / span_s,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import PlanError
 from ..core.plan import RatioRule, ReusePlan
-from ..core.record import append_line, parse_json, write_atomic
+from ..core.record import append_line, parse_json, write_json
 from ..core.workload import Workload
 from .measure import Bench, Measured, Progress, order_of_turn, paired
 
@@ -71,7 +71,7 @@ def write_list(
     }
     path = Path(path)
     if not path.exists():
-        write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+        write_json(path, data)
     elif _load(path) != data:
         raise PlanError(
             "a grid's list is fixed once it is written",

@@ -36,8 +36,6 @@ KV_BLOCKS = (1 << 17) // 16
 NOT_MEASURED = 1.0
 """Shortfall of a plan whose quality nobody measured: as far below the floor as can be."""
 
-Effect = tuple[tuple[Op, ...], ...]
-
 
 @dataclass(frozen=True)
 class Score:

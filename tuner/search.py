@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import PlanError
@@ -196,7 +197,7 @@ def tune(
     runner: Runner | None = None,
     n_confirm: int = 8,
     n_repeats: int = 7,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> TunedPlan:
     """The best plan for a machine, a workload and the tier its chunks lie in.
 
@@ -205,6 +206,7 @@ def tune(
         quality: measured answers; None keeps the ratio at or above `ratio_min` instead.
         runner: confirms the best `n_confirm` plans and the baselines for real; None does not.
         n_repeats: measured repeats of each.
+        progress: is told what, how much of it is done, and of how much.
 
     Raises:
         PlanError: no plan keeps the floor.
@@ -218,7 +220,8 @@ def tune(
         profile, workload, tier, quality, quality_floor, noise_seeds, noise,
         ratio_min=ratio_min, mode=mode,
     )  # fmt: skip
-    search = Search(objective, objective.bounds(), n_trials, progress)
+    tell = progress or (lambda what, done, of: None)
+    search = Search(objective, objective.bounds(), n_trials, partial(tell, "trials"))
     best = search.run(seed, profile, workload)
     seconds = time.perf_counter() - begin_s
     evidence = _evidence(search, profile, workload, seed) | {"seconds": seconds}
@@ -227,7 +230,10 @@ def tune(
     if runner is not None:
         from .confirm import confirm
 
-        report = confirm(runner, search, workload, n_confirm, n_repeats, seed=seed)
+        report = confirm(
+            runner, search, workload, n_confirm, n_repeats, seed=seed,
+            progress=partial(tell, "confirm"),
+        )  # fmt: skip
         plan = report.best.plan
         values["ttft_ms_mean"] = report.best.ttft_ms_simulated
         values["ttft_ms_p95"] = objective.score(plan).ttft_ms_p95

@@ -13,6 +13,7 @@ from typing import Any
 from ..core.catalogue import Catalogue
 from ..core.errors import CacheTuneError
 from ..core.machine_spec import DEFAULT_DRAM
+from ..core.record import made
 from ..core.units import GIB
 from .attainment import Attainment
 from .candidate import STORED_BITS, Candidate
@@ -109,6 +110,39 @@ def default_changes(candidate: Candidate) -> list[Change]:
     return changes(",".join(asked))
 
 
+def check_changes(
+    asked: Sequence[Change], question: Question, chosen: Sequence[Candidate], catalogue: Catalogue
+) -> None:
+    """A value that no candidate can take is told before any of them is simulated.
+
+    Raises:
+        CacheTuneError: what the first candidate says of it.
+    """
+    for change in asked:
+        refused = [split([change], question, c, catalogue)[1] for c in chosen]
+        if all(refused):
+            change.apply(question, chosen[0], catalogue)
+
+
+def split(
+    asked: Sequence[Change], question: Question, candidate: Candidate, catalogue: Catalogue
+) -> tuple[list[Change], list[dict[str, Any]]]:
+    """Changes that the candidate can take, and an effect that says why not for each other."""
+    able, unable = [], []
+    for change in asked:
+        try:
+            change.apply(question, candidate, catalogue)
+            able.append(change)
+        except CacheTuneError as e:
+            unable.append(_unknown(change, candidate.fingerprint(), str(e)))
+    return able, unable
+
+
+def _unknown(change: Change, fingerprint: str, why_not: str) -> dict[str, Any]:
+    empty = {"ratio": None, "low": None, "high": None}
+    return {"what": change.text, "fingerprint": fingerprint, **empty, "why_not": why_not}
+
+
 def tasks(
     asked: Sequence[Change], question: Question, candidate: Candidate, catalogue: Catalogue
 ) -> list[dict[str, Any]]:
@@ -134,12 +168,11 @@ def effects(
     """Capacity with each change over that without, on the same requests, with a 95 % interval."""
     found = []
     for change, row in zip(asked, rows, strict=True):
-        effect: dict[str, Any] = {"what": change.text, "fingerprint": row["fingerprint"]}
         unknown = row["why_not"]
         if not unknown and row["at_least"] and base["at_least"]:
             unknown = "runs are too short to show the capacity of either, with it or without"
         if unknown:
-            effect |= {"ratio": None, "low": None, "high": None, "why_not": unknown}
+            effect = _unknown(change, row["fingerprint"], unknown)
         else:
             seeds = [seed for seed in base["seeds"] if seed in row["seeds"]]
             one, other = (
@@ -150,7 +183,9 @@ def effects(
             high: float | None = estimate.high
             if change.knob == "gpu":
                 low, high = _with_kernels(estimate, row, base)
-            effect |= {
+            effect = {
+                "what": change.text,
+                "fingerprint": row["fingerprint"],
                 "ratio": estimate.value,
                 "low": low,
                 "high": high,
@@ -203,12 +238,4 @@ def _count(change: Change) -> int:
 
 
 def _replaced(record: Any, change: Change, **fields: Any) -> Any:
-    from pydantic import ValidationError
-
-    from ..core.record import first_problem
-
-    try:
-        return record.replace(**fields)
-    except ValidationError as e:
-        text, got = first_problem(e)
-        raise CacheTuneError(f"what if {change.text}: {text}", values=got) from None
+    return made(record.replace, f"what if {change.text}", **fields)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from ..simulator.serving_result import ServingResult
 
-ROW_VERSION = 2
+ROW_VERSION = 3
 """Of what a trial's row holds: a journal with rows of another is not taken."""
 GROUP = 50
 """Trials that are asked for before any of them is told: a generation of NSGA-II."""

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ..core.arrivals import Arrivals
 from ..core.errors import WorkloadError
-from ..core.record import Record, first_problem
+from ..core.record import Record, made
 from ..core.request_table import RequestTable
 from ..core.rng import rng
 from ..core.trace_files import read_trace
@@ -194,12 +194,8 @@ def traffic_of(text: str, **options: Any) -> Traffic:
     if text in GENERATORS and is_generator(text):
         text += ":"
     digest = "" if is_generator(text) else TraceSource(text).sha256()
-    try:
-        found = Traffic(text=text, digest=digest, **options)
-        found.longest(1, 0)  # reads or draws what comes: what is wrong with it is told now
-    except ValidationError as e:
-        rule, got = first_problem(e)
-        raise WorkloadError(f"traffic: {rule}", values=got) from None
+    found = made(Traffic, "traffic", error=WorkloadError, text=text, digest=digest, **options)
+    found.longest(1, 0)  # reads or draws what comes: what is wrong with it is told now
     return found
 
 

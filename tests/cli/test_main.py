@@ -173,6 +173,9 @@ def test_settings() -> None:
     )
     assert plan.rules[0].ratios == (0.3, 0.1) and not plan.rules[0].load_exact
     assert plan.policy == "epic"
+    plan = settings.apply_settings(plan, ["rules.0.rho=2.5", "disk=hdd"])
+    assert plan.rules[0].rho == 2.5 and plan.rules[0].ratios == (0.3, 0.1)
+    assert (plan.n_io_workers, plan.load_order) == (1, "chunk")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +189,8 @@ def test_settings() -> None:
         ("rules.7.tier=dram", "must name a knob"),
         ("look_ahead.deep=1", "must name a knob"),
         ("request_bytes=5000", "try 4096 or 8192"),
+        ("rules.0.rho=0", "greater than 0"),
+        ("disk=floppy", "one of ssd, hdd"),
     ],
 )
 def test_wrong_settings_say_the_rule(setting: str, says: str) -> None:

@@ -89,6 +89,9 @@ def test_a_snapshot_of_one_replay_warms_the_next(run: Run, trace: Path, tmp_path
         ("--eviction", "oldest", "lru"),
         ("--model", "Llama-9", "Llama"),
         ("--slo", "ttft=1", "ttft_ms"),
+        ("--slo", "ttft_ms=1,tpot_ms=1,share=0.9", "ttft_ms and tpot_ms alone, got 'share=0.9'"),
+        ("--class-slo", "ttft_ms=1,tpot_ms=1", "NAME:ttft_ms=,tpot_ms="),
+        ("--class-slo", ":ttft_ms=1,tpot_ms=1,share=0.5", "got 'share=0.5'"),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -98,6 +101,13 @@ def test_what_cannot_be_is_one_line(
     assert (status, out) == (2, "")
     assert says in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_trace_is_not_overwritten(run: Run, trace: Path) -> None:
+    before = trace.read_bytes()
+    status, _, err = run("replay", trace, "--out", trace)
+    assert status == 2 and "not written over an input" in err
+    assert trace.read_bytes() == before
 
 
 def test_a_replay_takes_the_machine_and_the_engine_of_a_question(
@@ -139,5 +149,8 @@ def test_classes_have_levels_and_priorities_of_their_own(run: Run, tmp_path: Pat
     for wrong in (("--class-slo", "video:ttft_ms=1,tpot_ms=1"), ("--priority", "video")):
         status, _, err = run("replay", trace, *wrong)
         assert status == 2 and "classes are 'batch', 'chat'" in err
+    twice = ("--class-slo", "chat:ttft_ms=1,tpot_ms=1") * 2
+    status, _, err = run("replay", trace, *twice)
+    assert status == 2 and "once for each class" in err
     status, _, err = run("replay", trace, "--class-slo", "chat:ttft_ms=1")
     assert status == 2 and "ttft_ms and tpot_ms" in err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cachetune.cli import trace as cli_trace
-from cachetune.core.errors import WorkloadError
+from cachetune.core.errors import CacheTuneError, WorkloadError
 from cachetune.core.trace_files import read_trace
 
 ROWS = "".join(
@@ -92,6 +92,6 @@ def test_bad_options_write_nothing(
 
 
 def test_a_trace_is_not_written_over_its_source(capsys: pytest.CaptureFixture[str], trace: Path):
-    with pytest.raises(WorkloadError, match="not written over its source"):
+    with pytest.raises(CacheTuneError, match="not written over an input"):
         run(capsys, "convert", trace, "--out", trace.parent / "." / trace.name)
     assert trace.read_text() == ROWS

@@ -102,6 +102,14 @@ def test_prices_and_rows_of_ones_own(run: Run, trace: Path, tmp_path: Path) -> N
     assert all(row["usd_per_h"] == 2.5 * row["n_replicas"] for row in rows)
 
 
+def test_a_folder_or_the_trace_as_result(run: Run, trace: Path, tmp_path: Path) -> None:
+    for out, says in ((tmp_path, "directory"), (trace, "not written over an input")):
+        before = trace.read_bytes()
+        status, _, err = run("tune", "fleet", trace, *SMALL, "--trials", 1, "--out", out)
+        assert status == 2 and says in err.lower() and err.count("\n") == 1
+        assert trace.read_bytes() == before
+
+
 def test_a_trace_that_is_not_there(run: Run, tmp_path: Path) -> None:
     status, _, err = run("tune", "fleet", tmp_path / "none.jsonl")
     assert status == 2 and err.count("\n") == 1 and "none.jsonl" in err

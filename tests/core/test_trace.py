@@ -1,15 +1,13 @@
-"""Files made of timelines: the trace is well formed, raw spans come back as they were."""
+"""Timelines as Chrome traces: well formed, the same bytes each time."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
-from cachetune.core.errors import SchemaError
 from cachetune.core.ops import Outcome, Segment, Span
 from cachetune.core.timeline import HostWait, Timeline
-from cachetune.core.trace import read_spans, to_chrome, write_chrome, write_spans
+from cachetune.core.trace import to_chrome, write_chrome
 from cachetune.core.workload import Slo
 from support import make_op, make_workload
 
@@ -37,19 +35,10 @@ def timeline() -> Timeline:
     return Timeline(spans, 1000, (requests[0], with_slo), "a label", waits)
 
 
-def test_raw_spans_come_back_as_they_were(tmp_path: Path):
-    write_spans(tmp_path / "spans.jsonl", timeline())
-    assert read_spans(tmp_path / "spans.jsonl") == timeline()
-    empty = Timeline((), 7, ())
-    write_spans(tmp_path / "empty.jsonl", empty)
-    assert read_spans(tmp_path / "empty.jsonl") == empty
-
-
 def test_bytes_are_deterministic(tmp_path: Path):
-    for write in (write_spans, write_chrome):
-        for name in ("one", "two"):
-            write(tmp_path / name, timeline())
-        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    for name in ("one", "two"):
+        write_chrome(tmp_path / name, timeline())
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_slices_are_microseconds_since_the_start():
@@ -86,27 +75,6 @@ def test_arrows_run_from_inside_a_slice_to_the_start_of_another():
     table = [(e["ph"], e["id"], e["tid"], e["ts"]) for e in arrows]
     assert table == [("s", 0, 2, 3.499), ("f", 0, 1, 3.5), ("s", 1, 1, 4.999), ("f", 1, 1, 5.0)]
     assert all(e["bp"] == "e" for e in arrows if e["ph"] == "f")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must hold a header"),
-        ('{"document":"plan"}', "must be a spans file of version 1, got document=plan"),
-        ("[]", "must hold a header"),
-        ('{"document":"spans","schema_version":1}', "must hold a header .* got KeyError"),
-        (
-            '{"document":"spans","schema_version":1,"label":"","start_ns":0,"requests":[]}\n{}',
-            "got KeyError: 'op'",
-        ),
-    ],
-)
-def test_what_is_not_a_spans_file_is_refused(tmp_path: Path, text: str, message: str):
-    (tmp_path / "x").write_text(text)
-    with pytest.raises(SchemaError, match=message):
-        read_spans(tmp_path / "x")
-    with pytest.raises(SchemaError, match="check the path"):
-        read_spans(tmp_path / "none")
 
 
 def test_the_trace_is_plain_json(tmp_path: Path):

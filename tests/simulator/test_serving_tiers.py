@@ -86,7 +86,7 @@ def test_decodes_go_on_while_others_load() -> None:
 @pytest.mark.parametrize(
     "limits", [None, ServingLimits(prefix_caching=False, async_scheduling=True)]
 )
-def test_compute_goes_without_the_memory_bandwidth_that_loads_take(
+def test_decoding_goes_without_the_memory_bandwidth_that_loads_take(
     limits: ServingLimits | None,
 ) -> None:
     """A quarter of it for 64 s, in which 48,000 of 100,000 decode steps of 1 ms are made."""
