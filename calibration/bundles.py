@@ -76,8 +76,8 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
     home = folder / "vllm" if (folder / "vllm").is_dir() else folder
     root = home.parent if home.name == "vllm" else home
     meta = _object(home / "meta.json")
-    kwargs = meta.get("engine_kwargs", {})
-    if int(kwargs.get("data_parallel_size") or 1) > 1:
+    kwargs = _section(home, meta, "engine_kwargs")
+    if _number(home, kwargs, "data_parallel_size", 1) > 1:
         raise ModelError(
             "a bundle must be of one engine",
             values=f"{home}: data_parallel_size={kwargs['data_parallel_size']}",
@@ -98,7 +98,7 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
     arrival = column["arrival_time"] + offset
     start = float(arrival.min())
     link = _link(root / "config.json")
-    tp = int(kwargs.get("tensor_parallel_size") or 1)
+    tp = int(_number(home, kwargs, "tensor_parallel_size", 1))
     if tp > 1:
         assumed.append(f"all-reduce over a link of {link[0] / 1e9:g} GB/s, {link[1] * 1e6:g} us")
     return Bundle(
@@ -108,7 +108,7 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
         engine=f"vllm {meta.get('vllm_version', '?')}",
         tp=tp,
         limits=_limits(root, kwargs, meta, assumed),
-        capture_sizes=_capture_sizes(kwargs, meta),
+        capture_sizes=_capture_sizes(home, kwargs, meta),
         arrivals=tuple(
             Arrival(float(t - start), int(r["input_toks"]), int(r["output_toks"]), content)
             for t, r, content in zip(arrival, rows, names, strict=True)
@@ -176,14 +176,17 @@ def model_of(name: str) -> ModelSpec:
     return model_preset(known[0] if known else name)
 
 
-def _capture_sizes(kwargs: dict[str, Any], meta: dict[str, Any]) -> tuple[int, ...]:
+def _capture_sizes(home: Path, kwargs: dict[str, Any], meta: dict[str, Any]) -> tuple[int, ...]:
     """What the bundle says that the engine captured, or what vLLM does by default."""
     if kwargs.get("enforce_eager"):
         return ()
-    resolved = (meta.get("resolved_config") or {}).get("compilation_config") or {}
+    resolved = _section(home, _section(home, meta, "resolved_config"), "compilation_config")
     said = kwargs.get("cudagraph_capture_sizes") or resolved.get("cudagraph_capture_sizes")
     if said:
-        return tuple(sorted(int(n) for n in said))
+        try:
+            return tuple(sorted(int(n) for n in said))
+        except (TypeError, ValueError):
+            raise _wrong(home, "cudagraph_capture_sizes", "a list of numbers", said) from None
     return capture_sizes(int(kwargs["max_num_seqs"]))
 
 
@@ -197,8 +200,8 @@ def _limits(
                 values=repr(kwargs.get(key)),
                 remedy="take the value the engine ran with",
             )
-    cache_facts = meta.get("kv_cache") or {}
-    blocks = cache_facts.get("num_gpu_blocks")
+    cache_facts = _section(root, meta, "kv_cache")
+    blocks: int | None = int(_number(root, cache_facts, "num_gpu_blocks", 0)) or None
     if blocks is None:
         blocks = _blocks(root, kwargs, meta)
         assumed.append(
@@ -206,12 +209,12 @@ def _limits(
             if blocks
             else "KV memory never runs out"
         )
-    scheduler = (meta.get("resolved_config") or {}).get("scheduler_config") or {}
+    scheduler = _section(root, _section(root, meta, "resolved_config"), "scheduler_config")
     return EngineLimits(
         max_num_seqs=kwargs["max_num_seqs"],
         max_num_batched_tokens=kwargs["max_num_batched_tokens"],
-        n_blocks=None if blocks is None else int(blocks) - 1,  # one block is vLLM's null block
-        block_size=int(cache_facts.get("block_size") or DEFAULT_BLOCK_SIZE),
+        n_blocks=None if blocks is None else blocks - 1,  # one block is vLLM's null block
+        block_size=int(_number(root, cache_facts, "block_size", DEFAULT_BLOCK_SIZE)),
         prefix_caching=bool(cache_facts.get("enable_prefix_caching", True)),
         async_scheduling=bool(scheduler.get("async_scheduling", True)),
     )
@@ -228,13 +231,13 @@ def _blocks(root: Path, kwargs: dict[str, Any], meta: dict[str, Any]) -> int | N
     if gpu is None or kwargs.get("quantization"):
         return None
     engine = EngineMemory(
-        utilization=float(kwargs.get("gpu_memory_utilization") or 0.9),
+        utilization=_number(root, kwargs, "gpu_memory_utilization", 0.9),
         max_num_batched_tokens=kwargs["max_num_batched_tokens"],
         max_num_seqs=kwargs["max_num_seqs"],
         kv="fp8" if str(kwargs.get("kv_cache_dtype", "")).startswith("fp8") else "bfloat16",
         graphs=not kwargs.get("enforce_eager"),
     )
-    found = memory_sum(spec, gpu, int(kwargs.get("tensor_parallel_size") or 1), engine)
+    found = memory_sum(spec, gpu, int(_number(root, kwargs, "tensor_parallel_size", 1)), engine)
     return found.n_blocks if found.n_blocks > 0 else None
 
 
@@ -330,7 +333,31 @@ def _link(path: Path) -> tuple[float, float]:
     if not path.exists():
         return 64e9, 0.0
     data = _object(path)
-    return float(data.get("link_bw", 64)) * 1e9, float(data.get("link_latency", 0)) * 1e-9
+    gb_per_s, ns = (_number(path, data, k, n) for k, n in (("link_bw", 64), ("link_latency", 0)))
+    return gb_per_s * 1e9, ns * 1e-9
+
+
+def _wrong(where: Path, key: str, rule: str, value: object) -> WorkloadError:
+    return WorkloadError(
+        f"{where}: {key} must be {rule}", values=repr(value)[:60], remedy="copy it again"
+    )
+
+
+def _section(where: Path, data: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object within an object; empty where it is left out."""
+    found = data.get(key) or {}
+    if not isinstance(found, dict):
+        raise _wrong(where, key, "an object", found)
+    return found
+
+
+def _number(where: Path, data: dict[str, Any], key: str, default: float) -> float:
+    """A number above 0 in an object; `default` where it is left out, or 0."""
+    found = data.get(key) or default
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not is_number or not 0 <= found < float("inf"):
+        raise _wrong(where, key, "a number above 0", found)
+    return found
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -351,6 +378,12 @@ def _text(path: Path) -> str:
             "a bundle must hold requests.jsonl and meta.json",
             values=f"{path}: {e.strerror}",
             remedy="give the folder that holds them",
+        ) from None
+    except UnicodeDecodeError as e:
+        raise WorkloadError(
+            f"{path} must be text in UTF-8",
+            values=f"byte {e.start}: {e.reason}",
+            remedy="copy it again",
         ) from None
 
 

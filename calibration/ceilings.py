@@ -305,6 +305,9 @@ def _fetcher(client: socket.socket, n_bytes: int) -> Callable[[], None]:
         client.sendall(b"x")
         got = 0
         while got < n_bytes:
-            got += client.recv_into(buffer[got:])
+            n = client.recv_into(buffer[got:])
+            if not n:
+                raise ConnectionResetError("the other end has hung up")
+            got += n
 
     return fetch

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -210,8 +211,9 @@ def sim_v0_attention(path: Path, gpu: str, source: str) -> list[KernelTable]:
     """
     names = ("prefill_chunk_size", "kv_cache_size", "batch_size")
     frame = read_columns(path, names, ("is_prefill", *_medians("attn_prefill")))
-    frame = frame[frame.is_prefill]
-    seconds = pd.to_numeric(frame[_medians("attn_prefill")[0]]).to_numpy(dtype=float) / 1e3
+    frame = frame[_flags(path, frame.is_prefill)]
+    median = pd.to_numeric(frame[_medians("attn_prefill")[0]], errors="coerce")
+    seconds = median.to_numpy(dtype=float) / 1e3
     tp = 4
     query = frame.prefill_chunk_size.to_numpy()
     cached = frame.kv_cache_size.to_numpy() - query
@@ -229,6 +231,29 @@ def sim_v0_attention(path: Path, gpu: str, source: str) -> list[KernelTable]:
     ]
 
 
+def _flags(path: Path, column: pd.Series[Any]) -> NDArray[np.bool_]:
+    if column.dtype != bool:
+        raise CacheTuneError(
+            f"{path}: {column.name} must be True or False in every row",
+            values=", ".join(map(repr, column.unique()[:3])),
+            remedy="the file may be cut short; copy it again",
+        )
+    found: NDArray[np.bool_] = column.to_numpy(dtype=bool)
+    return found
+
+
+def _shape(path: Path, rows: pd.DataFrame, columns: tuple[str, ...]) -> tuple[int, ...]:
+    """What these rows say of a model, at the first of them."""
+    found = {name: int(rows[name].iloc[0]) for name in columns}
+    if min(found.values()) < 1:
+        raise CacheTuneError(
+            f"{path} must hold a model's shape, each number at least 1",
+            values=", ".join(f"{name}={n}" for name, n in found.items()),
+            remedy="copy the file again",
+        )
+    return tuple(found.values())
+
+
 def _medians(*names: str) -> list[str]:
     return [f"time_stats.{name}.median" for name in names]
 
@@ -237,9 +262,10 @@ def vidur_attention(path: Path, gpu: str, source: str) -> list[KernelTable]:
     """Vidur `attention.csv`, ms: prefill behind a prefix; decode (context without itself)."""
     names = ("prefill_chunk_size", "kv_cache_size", "batch_size", "n_q_head", "n_kv_head", "n_embd")
     frame = read_columns(path, (*names, *_medians("attn_prefill", "attn_decode")), ("is_prefill",))
-    heads, kv_heads, hidden = (int(frame[c].iloc[0]) for c in ("n_q_head", "n_kv_head", "n_embd"))
+    heads, kv_heads, hidden = _shape(path, frame, ("n_q_head", "n_kv_head", "n_embd"))
     whole = (heads, kv_heads, hidden // heads)
-    one, steps = frame[frame.is_prefill.astype(bool)], frame[~frame.is_prefill.astype(bool)]
+    is_prefill = _flags(path, frame.is_prefill)
+    one, steps = frame[is_prefill], frame[~is_prefill]
     prefill, decode = _medians("attn_prefill", "attn_decode")
     return [
         _attention(
@@ -286,7 +312,11 @@ def vidur_mlp(path: Path, gpu: str, source: str) -> list[KernelTable]:
     frame = read_columns(path, (*shape, "num_tokens", "num_tensor_parallel_workers"))
     frame = frame.join(read_columns(path, means.values(), gaps=True))
     for tp, rows in frame.groupby("num_tensor_parallel_workers"):
-        heads, kv_heads, hidden, inter, vocab = (int(rows[c].iloc[0]) for c in shape)
+        if tp < 1:
+            raise CacheTuneError(
+                f"{path}: num_tensor_parallel_workers must be at least 1", values=f"{tp:g}"
+            )
+        heads, kv_heads, hidden, inter, vocab = _shape(path, rows, shape)
         model = (hidden, inter, heads, kv_heads, hidden // heads, vocab)
         tokens = rows.num_tokens.to_numpy()
         times = {}
@@ -299,7 +329,12 @@ def vidur_mlp(path: Path, gpu: str, source: str) -> list[KernelTable]:
 
 
 def _tp(path: Path) -> int:
-    return int(path.parent.name.removeprefix("tp"))
+    number = path.parent.name.removeprefix("tp")
+    if not (number.isascii() and number.isdigit() and int(number)):
+        raise CacheTuneError(
+            "a folder tp<N> must name the tensor-parallel degree", values=str(path.parent)
+        )
+    return int(number)
 
 
 Reader = Callable[[Path, str, str], list[KernelTable]]

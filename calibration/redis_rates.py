@@ -77,7 +77,10 @@ def redis_reader(port: int, n_values: int, value_bytes: int = 4 * MIB) -> Callab
         mine.link.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(key), key))
         want, got = len(b"$%d\r\n" % value_bytes) + value_bytes + 2, 0
         while got < want:
-            got += mine.link.recv_into(mine.buffer[got:want])
+            n = mine.link.recv_into(mine.buffer[got:want])
+            if not n:
+                raise ConnectionResetError("the server has hung up")
+            got += n
         return value_bytes
 
     return read_one

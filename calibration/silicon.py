@@ -9,6 +9,7 @@ degrees.
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,15 +85,24 @@ def read_points(path: str | Path) -> list[Point]:
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
-    except OSError as e:
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        why = getattr(e, "strerror", None) or str(e)
         raise WorkloadError(
-            "the sample must be readable", values=f"{path}: {e.strerror}", remedy="check the path"
+            "the sample must be a readable CSV file",
+            values=f"{path}: {why}",
+            remedy="check the path, copy it again",
         ) from None
     missing = [c for c in COLUMNS if not rows or c not in rows[0]]
     if missing:
         raise WorkloadError(f"{path} must have the column {missing[0]}", remedy="check the file")
     points = []
     for number, row in enumerate(rows, 2):
+        short = [c for c in COLUMNS if row[c] is None]
+        if short:
+            raise WorkloadError(
+                f"{path} line {number} must have the field {short[0]}",
+                remedy="the file may be cut short; copy it again",
+            )
         model = next((m for m in MODELS if m in row["model_path"]), None)
         if row["system"] != "h100_sxm" or row["mode"] != "agg" or model is None:
             continue
@@ -109,11 +119,13 @@ def read_points(path: str | Path) -> list[Point]:
                 ttft_s=float(row["silicon_ttft_ms"]) / 1e3,
                 tpot_s=float(row["silicon_tpot_ms"]) / 1e3,
             )
-        except (KeyError, ValueError) as e:
+            if min(point.tp, point.n_prompt, point.n_output, point.concurrency) < 1:
+                raise ValueError("tp_size, isl, osl or users below 1")
+        except (KeyError, TypeError, ValueError) as e:
             raise WorkloadError(
                 f"{path} line {number} must hold numbers", values=str(e), remedy="correct the line"
             ) from None
-        if point.ttft_s > 0 and point.tpot_s > 0:
+        if 0 < point.ttft_s < math.inf and 0 < point.tpot_s < math.inf:
             points.append(point)
     if not points:
         raise WorkloadError(f"{path} must hold dense H100 rows", values="none")

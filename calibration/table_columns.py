@@ -25,8 +25,8 @@ def read_columns(
     Columns in `extra` may be missing, and are NaN then.
 
     Raises:
-        CacheTuneError: not readable, a column is missing, a value breaks the rule; file, row,
-            field.
+        CacheTuneError: not readable, a column is missing, no row, a value breaks the rule; file,
+            row, field.
     """
     columns, text = list(columns), list(text)
     try:
@@ -34,7 +34,9 @@ def read_columns(
         frame = pd.read_parquet(path) if parquet else pd.read_csv(path, low_memory=False)
     except ImportError:
         raise CacheTuneError(
-            "reading Parquet needs pyarrow", values=str(path), remedy="pip install pyarrow"
+            "reading Parquet needs pyarrow",
+            values=str(path),
+            remedy="pip install 'cachetune[tables]'",
         ) from None
     except (OSError, ValueError) as e:  # pandas' and pyarrow's own parse errors are ValueErrors
         reason = " ".join(str(e).split())[:120]
@@ -50,6 +52,12 @@ def read_columns(
                 values=", ".join(map(str, frame.columns[:8])),
                 remedy="is it a table of another kind?",
             )
+    if frame.empty:
+        raise CacheTuneError(
+            f"{path} must hold measured rows",
+            values="none",
+            remedy="the file may be cut short; copy it again",
+        )
     for name in columns:
         numbers = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=float)
         wrong = ~np.isfinite(numbers) | (numbers < 0)
@@ -71,7 +79,7 @@ def positive(path: Path, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     Raises:
         CacheTuneError: one is not; its row.
     """
-    bad = np.flatnonzero(seconds <= 0)
+    bad = np.flatnonzero(~(seconds > 0))  # what is no number is not above zero either
     if len(bad):
         raise CacheTuneError(
             f"{path} row {int(bad[0]) + 1}: the time must be above zero",

@@ -78,12 +78,6 @@ class Trouble:
     why: str
 
 
-def agrees(case: KernelCase, device: str) -> bool:
-    """Whether the launch gives the reference's result on fresh random inputs."""
-    want = case.reference(case.make_inputs(0, device))
-    return matches(case, case.launch(case.make_inputs(0, device)), want)
-
-
 def matches(case: KernelCase, got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
     """Whether every tensor is within the case's tolerance."""
     absolute, relative = case.tolerance

@@ -11,40 +11,25 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..core.chunk_index import ChunkEntry
 from ..core.errors import StoreError
 from ..core.layout import blob_bytes, chunk_bytes
 from ..core.model_spec import ModelSpec
-from .chunk_file import CHUNK_SUFFIX, chunk_seed, temp_path
+from .chunk_file import CHUNK_SUFFIX, temp_path
 from .device_chunks import DeviceChunk
-from .store_index import Claim, Row, StoreIndex
-from .store_lock import Owners
+from .store_index import Claim, Kept, Row, StoreIndex
+from .store_lock import NOBODY, Owners
 from .tiers import StoreTier
 
 CLAIM_WAIT_S = 120.0
 POLL_S = 0.003
 """Between looks at what another process does; waits within this one are woken."""
-
-
-@dataclass(slots=True)
-class Kept:
-    """A chunk in the store. `entry.tier` serves it; `tiers` are all that hold it."""
-
-    row: Row
-    entry: ChunkEntry
-    path: Path
-    seed: int
-    blob_bytes: int
-    tiers: set[str]
-    tick: int
-    order: Tensor | None = None
 
 
 class Catalog:
@@ -77,8 +62,12 @@ class Catalog:
         self._ticks = itertools.count()
         self.claimed: set[str] = set()
         """Those that this process writes, moves or removes."""
+        self.leftovers: dict[str, str] = {}
+        """Those of them that a remote tier may hold a half of, and that tier."""
         with self.changed, self.shared():
-            pass
+            for claim in index.claims():
+                if claim.owner == owners.number:  # of a dead process that had our number
+                    self._bury(claim)
 
     # Finding
 
@@ -108,7 +97,9 @@ class Catalog:
         self._count()
 
     def _follow(self, kept: Kept, row: Row) -> None:
-        """Be in the tiers that another process has put a chunk into."""
+        """Be in the tiers that another process has put a chunk into, perhaps in another order."""
+        kept.row = row
+        kept.n_changes += 1
         kept.entry = replace(kept.entry, tier=row.tiers[0])
         for name in kept.tiers - set(row.tiers):
             self._part(kept, name)
@@ -143,6 +134,10 @@ class Catalog:
                 with self.shared():
                     pass
         return self.find(key)
+
+    def path(self, key: str) -> Path:
+        """Where the file of a chunk lies."""
+        return self._folder / f"{key}{CHUNK_SUFFIX}"
 
     def tier(self, name: str) -> StoreTier:
         """The tier called `name`."""
@@ -190,7 +185,7 @@ class Catalog:
             finally:
                 with self.changed:
                     if not self.closed:
-                        self._index.release(key)
+                        self._let_go(key)
         finally:
             with self.changed:
                 self.claimed.discard(key)
@@ -204,8 +199,12 @@ class Catalog:
                     raise StoreError("the chunk store must be open", remedy="open it again")
                 with self.shared():
                     other = self._index.claim_of(key)
-                    if other is not None and not self._owners.is_alive(other.owner):
-                        self._bury(other)
+                    # One of our own is left of a release that failed.
+                    if other is not None and (
+                        other.owner == self._owners.number or not self._owners.is_alive(other.owner)
+                    ):
+                        if half := self._bury(other):
+                            self.leftovers[key] = half
                         other = None
                     if other is None:
                         self.promise(key, "", 0)
@@ -218,32 +217,67 @@ class Catalog:
                 )
             time.sleep(POLL_S)
 
-    def _bury(self, claim: Claim) -> None:
-        """Clear up behind a process that died at work on a chunk."""
-        self._index.release(claim.key)
-        path = self._folder / f"{claim.key}{CHUNK_SUFFIX}"
+    def _bury(self, claim: Claim) -> str:
+        """Clear up behind a process that died at work on a chunk.
+
+        Returns:
+            The remote tier that may hold a half of it, or "". Its claim stays as nobody's, as a
+            server may not be asked here: for who next writes to that tier, or for the next scan.
+        """
+        path, kept = self.path(claim.key), self.kept.get(claim.key)
         temp_path(path).unlink(missing_ok=True)
-        if claim.key not in self.kept:
+        if kept is None:
             path.unlink(missing_ok=True)
-        if claim.tier in self._tiers:
-            self._tiers[claim.tier].used_bytes -= claim.n_bytes
+        tier = self._tiers.get(claim.tier)
+        if tier is not None:
+            tier.used_bytes -= claim.n_bytes
+            if tier.remote is not None and (kept is None or tier.name not in kept.tiers):
+                self._index.claim(Claim(claim.key, NOBODY, tier.name, 0))
+                return tier.name
+        self._index.release(claim.key)
+        return ""
+
+    def claim_halves(self, tier: StoreTier) -> list[str]:
+        """Claim what others have left half-written in a remote tier. Inside `shared`."""
+        found = []
+        for claim in self._index.claims():
+            if claim.tier == tier.name and self._is_dead(claim) and self._bury(claim):
+                self.promise(claim.key, tier.name, 0)
+                found.append(claim.key)
+        self.claimed.update(found)
+        return found
+
+    def _let_go(self, key: str) -> None:
+        """End a claim; nobody's from now on if something is left to be removed."""
+        half, kept = self.leftovers.pop(key, ""), self.kept.get(key)
+        if half and (kept is None or half not in kept.tiers):
+            self._index.claim(Claim(key, NOBODY, half, 0))
+        else:
+            self._index.release(key)
+
+    def _is_dead(self, claim: Claim) -> bool:
+        """Whether nobody is at work on it: ours is dead when this process does not know it."""
+        if claim.owner == self._owners.number:
+            return claim.key not in self.claimed
+        return not self._owners.is_alive(claim.owner)
 
     def promise(self, key: str, tier: str, n_bytes: int) -> None:
         """Note what a claimed chunk was promised, "" and 0 for nothing."""
-        self._index.claim(Claim(key, self._owners.number, tier, n_bytes))
+        half = self.leftovers.get(key, "")  # which is not forgotten if this process dies
+        self._index.claim(Claim(key, self._owners.number, tier or half, n_bytes))
 
     def release(self, key: str) -> None:
         """Let go of a chunk."""
-        self._index.release(key)
+        self._let_go(key)
         self.claimed.discard(key)
 
     def busy(self) -> set[str]:
         """Chunks that somebody works on; those of dead processes are let go."""
         busy = set(self.claimed)
         for claim in self._index.claims():
-            if self._owners.is_alive(claim.owner):
+            if not self._is_dead(claim):
                 busy.add(claim.key)
-            else:
+            elif claim.owner != NOBODY:
                 self._bury(claim)
         return busy
 
@@ -256,8 +290,8 @@ class Catalog:
             row.tiers[0], row.kind, row.chain, float(self._model.prefill_flops(row.n_tokens, 0)),
         )  # fmt: skip
         kept = Kept(
-            row, entry, self._folder / f"{row.key}{CHUNK_SUFFIX}", chunk_seed(row.key),
-            blob_bytes(self._model, row.n_tokens), set(), next(self._ticks),
+            row, entry, self.path(row.key), blob_bytes(self._model, row.n_tokens), set(),
+            next(self._ticks),
         )  # fmt: skip
         self.kept[row.key] = kept
         for name in row.tiers:
@@ -305,6 +339,9 @@ class Catalog:
             self._index.remove(key)
         if tier.remote is None and self.has_file(kept):
             return False
+        before = self._index.claim_of(key)
+        if before is not None and before.owner == NOBODY:
+            self.leftovers[key] = before.tier
         self.promise(key, tier.name, kept.entry.n_bytes)
         tier.used_bytes += kept.entry.n_bytes
         self.claimed.add(key)

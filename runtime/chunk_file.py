@@ -5,8 +5,9 @@
     group    K [32, HK, D] | V [32, HK, D] | xxh3 of both     (or packed: packed_groups.py)
 
 Row i of a blob is token `order[i]` of the chunk; the last group is filled up with zeros. A
-checksum is seeded with the key, the layer and the group number, so a group that lies in the wrong
-place fails like one with a flipped bit. Sizes come from core/layout.py. Little endian throughout.
+checksum is seeded with the key, the order, the layer and the group number, so a group that lies in
+the wrong place, or that is read with another order, fails like one with a flipped bit. Sizes come
+from core/layout.py. Little endian throughout.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from .packed_groups import PackedGroups, fill_groups
 CHUNK_SUFFIX = ".chunk"
 TEMP_SUFFIX = ".tmp"
 MAGIC = b"CTCHUNK\0"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had checksums that did not know of the order."""
 _FIXED = struct.Struct("<8sIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_AT = _FIXED.size - _CHECKSUM.size
@@ -267,9 +269,10 @@ class Geometry:
         )
 
 
-def chunk_seed(key: str) -> int:
-    """Checksum seed of a chunk; below 2^63, so adding layer and group cannot wrap."""
-    return xxh3_64_intdigest(key.encode()) >> 1
+def chunk_seed(key: str, order: np.ndarray) -> int:
+    """Checksum seed of a chunk whose rows lie in `order`, integers [N]; below 2^63, so adding
+    layer and group cannot wrap."""
+    return xxh3_64_intdigest(key.encode() + order.astype("<i4").tobytes()) >> 1
 
 
 def layer_seed(seed: int, layer: int) -> int:
@@ -358,8 +361,8 @@ def fill_blobs(
             fill_groups(groups[:, 1], rows_v)
 
 
-def seal_blobs(shape: Geometry, key: str, blobs: np.ndarray, n_tokens: int) -> None:
-    """Write the checksums into all blobs of a chunk, uint8 [chunk bytes].
+def seal_blobs(shape: Geometry, seed: int, blobs: np.ndarray, n_tokens: int) -> None:
+    """Write the checksums of a chunk of that seed into all its blobs, uint8 [chunk bytes].
 
     Raises:
         StoreError: they are of another size.
@@ -371,7 +374,7 @@ def seal_blobs(shape: Geometry, key: str, blobs: np.ndarray, n_tokens: int) -> N
             values=f"{blobs.nbytes} bytes",
             remedy="store what `fill_blobs` makes for this model",
         )
-    view, seed = blobs.data, chunk_seed(key)
+    view = blobs.data
     for layer in range(shape.n_layers):
         start, first = layer_seed(seed, layer), layer * blob
         for group in range(n_groups):

@@ -10,21 +10,23 @@ import errno
 import mmap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..core.errors import CapacityError, StoreError
 from ..core.layout import ALIGN_BYTES, GROUP_TOKENS
 from ..core.units import MIB, ceil_div
-from .catalog import Catalog, Kept
-from .chunk_file import ChunkCorrupt, Geometry, decode_header, read_header
+from .catalog import Catalog
+from .chunk_file import ChunkCorrupt, Geometry, chunk_seed, decode_header, read_header
 from .device_chunks import DeviceChunk, DeviceMemory
 from .layer_rows import LayerRows
 from .rate_limit import RateLimiter
 from .read_run import ReadRun
+from .store_index import Kept, Seal
 from .tiers import (
     BufferPool,
     FileMedium,
@@ -84,15 +86,19 @@ class ChunkReader:
         layer_start: int,
         n_rows: tuple[int, ...],
         request_bytes: int,
+        order: torch.Tensor | None = None,
     ) -> LayerRows:
         """`ChunkStore.read`, its arguments checked."""
+        seal = self.sealed(kept)
+        if order is not None and order is not seal.order and not torch.equal(order, seal.order):
+            raise _put_anew(kept)
         if where.is_device:
-            return self._there(kept, where, layer_start, n_rows)
+            return self._there(kept, seal, where, layer_start, n_rows)
         at_byte, total = [], 0
         for count in n_rows:
             at_byte.append(total)
             total += self._shape.read_bytes(count)
-        with self._corrupt_if_gone(kept, where), self._source(kept, where) as source:
+        with self._corrupt_if_gone(kept, where, seal), self._source(kept, where) as source:
             if isinstance(source, RamSource) and self._memory is not None:
                 # A device copies from here by itself; staging would be one copy more.
                 staging, source = source.blobs, InPlace()
@@ -101,7 +107,7 @@ class ChunkReader:
                 staging = self._pool.lend(max(total, ALIGN_BYTES))
             rows = LayerRows(self._shape, staging, layer_start, n_rows, at_byte)
             rows.tier, rows.n_bytes = where.name, total
-            run = self._run(kept, source, where.limiter, staging, request_bytes)
+            run = self._run(kept, seal, source, where.limiter, staging, request_bytes)
             groups = [ceil_div(count, GROUP_TOKENS) for count in n_rows]
             if where.remote is not None:
                 run.announce(layer_start, groups)
@@ -116,7 +122,7 @@ class ChunkReader:
         return rows
 
     def _there(
-        self, kept: Kept, where: StoreTier, layer_start: int, n_rows: tuple[int, ...]
+        self, kept: Kept, seal: Seal, where: StoreTier, layer_start: int, n_rows: tuple[int, ...]
     ) -> LayerRows:
         """Rows that are on their device already: no byte is moved and none verified again."""
         try:
@@ -124,6 +130,9 @@ class ChunkReader:
                 chunk: DeviceChunk = self._copy(kept, where)
         except CapacityError as e:  # the request goes on without it
             raise StoreError(e.rule, values=e.values, remedy=e.remedy) from None
+        now = self._catalog.find(kept.entry.key).seal
+        if now is None or now.seed != seal.seed:
+            raise _put_anew(kept)  # no checksum would tell
         part = chunk.part(layer_start, layer_start + len(n_rows))
         first = layer_start - part.layer_start
         at_byte = [(first + i) * kept.blob_bytes for i in range(len(n_rows))]
@@ -136,23 +145,28 @@ class ChunkReader:
     def _run(
         self,
         kept: Kept,
+        seal: Seal,
         source: Source,
         limiter: RateLimiter | None,
         out: np.ndarray,
         request_bytes: int,
     ) -> ReadRun:
         return ReadRun(
-            kept.entry.key, self._shape, kept.blob_bytes, kept.seed, source, limiter,
+            kept.entry.key, self._shape, kept.blob_bytes, seal.seed, source, limiter,
             out.data, request_bytes,
         )  # fmt: skip
 
     @contextmanager
-    def _corrupt_if_gone(self, kept: Kept, where: StoreTier | None) -> Iterator[None]:
+    def _corrupt_if_gone(
+        self, kept: Kept, where: StoreTier | None, seal: Seal | None = None
+    ) -> Iterator[None]:
         """Tell bytes that are gone or unreadable from other trouble."""
         key = kept.entry.key
         try:
             yield
         except ChunkCorrupt as e:
+            if e.layer is not None:
+                self._check_not_put_anew(kept, seal or kept.seal)
             with self._count_lock:
                 self.counters.bad_groups += e.group is not None
             raise
@@ -178,26 +192,51 @@ class ChunkReader:
         """Raises StoreError if the chunk was evicted or moved meanwhile, in whichever process."""
         now = self._catalog.find_again(kept.entry.key)
         is_remote = where is not None and where.remote is not None
-        if where is not None and (
-            where.name not in now.tiers if is_remote else not self._catalog.has_file(now)
-        ):
+        name = "file" if where is None else where.name
+        if name not in now.tiers if is_remote else not self._catalog.has_file(now):
             raise StoreError(
-                f"a chunk must be in the tier it is read from, '{where.name}'",
+                f"a chunk must be in the tier it is read from, '{name}'",
                 values=f"{kept.entry.key} in {', '.join(sorted(now.tiers))}",
                 remedy="place it there first; it may have been moved",
             )
 
-    def verified_order(self, kept: Kept) -> np.ndarray:
-        """The order, int32 [N], from the chunk's header."""
-        where = self._home(kept)
+    def _check_not_put_anew(self, kept: Kept, before: Seal | None) -> None:
+        """Raises StoreError if what fails may be sound, but the chunk is not what it was."""
+        now, seed = self._catalog.find_again(kept.entry.key), None
+        with suppress(StoreError):  # a bad header, as of a bad chunk
+            seed = self.sealed(now).seed
+        if now is not kept or (seed and before is not None and seed != before.seed):
+            raise _put_anew(kept) from None
+
+    def sealed(self, kept: Kept) -> Seal:
+        """Order and checksum seed; from the chunk's header unless they are known and to be trusted.
+
+        Raises:
+            ChunkCorrupt: the header is bad.
+        """
+        before, n_changes = kept.seal, kept.n_changes
+        if before is not None and before.n_changes == n_changes:
+            return before
+        key, where = kept.entry.key, self._home(kept)
         with self._corrupt_if_gone(kept, where):
             if where is None or where.remote is None:
-                return read_header(kept.path)[1]
-            return decode_header(where.remote.header(kept.entry.key), kept.entry.key)[1]
+                order = read_header(kept.path)[1]
+            else:
+                order = decode_header(where.remote.header(key), key)[1]
+        found = Seal(torch.from_numpy(order.astype(np.int64)), chunk_seed(key, order), n_changes)
+        with self._catalog.changed:
+            if before is not None and before.seed == found.seed:
+                found = before._replace(n_changes=n_changes)
+            elif before is not None:  # copies in memory are of the order before
+                self._catalog.ram.pop(key, None)
+                self._catalog.on_device.pop(key, None)
+            kept.seal = found
+        return found
 
     def whole(self, kept: Kept) -> tuple[bytes, np.ndarray]:
         """Header and blobs, uint8 [chunk bytes], verified, from wherever they are. Claim first."""
         key, where = kept.entry.key, self._home(kept)
+        self.sealed(kept)  # an older copy is of no use
         with self._corrupt_if_gone(kept, where):
             if where is None or where.remote is None:
                 header = kept.path.read_bytes()[: read_header(kept.path)[2]]
@@ -253,6 +292,7 @@ class ChunkReader:
     def load(self, kept: Kept, where: StoreTier) -> None:
         """Have the copy, verified, that a tier in memory needs. Claim the chunk first."""
         if where.is_dram or where.is_device:
+            self.sealed(kept)  # an older copy is of no use
             with self._corrupt_if_gone(kept, None):
                 self._load(kept, where)
 
@@ -323,13 +363,21 @@ class ChunkReader:
         """`blobs`, filled from the source and verified."""
         n_groups = ceil_div(kept.entry.n_tokens, GROUP_TOKENS)
         try:
-            run = self._run(kept, source, None, blobs, LOAD_REQUEST_BYTES)
+            run = self._run(kept, self.sealed(kept), source, None, blobs, LOAD_REQUEST_BYTES)
             run.announce(0, [n_groups] * self._shape.n_layers)
             for layer in range(self._shape.n_layers):
                 run.read_layer(layer, layer * kept.blob_bytes, n_groups)
         finally:
             source.close()
         return blobs
+
+
+def _put_anew(kept: Kept) -> StoreError:
+    return StoreError(
+        "a chunk must keep its order while it is read",
+        values=f"{kept.entry.key}, which another process has removed and put anew",
+        remedy="read its order again; a request computes it meanwhile",
+    )
 
 
 def remote_error(where: StoreTier, key: str, e: OSError) -> StoreError:

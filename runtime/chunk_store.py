@@ -24,7 +24,7 @@ from ..core.chunk_index import ChunkEntry, ChunkIndex, chunk_key
 from ..core.errors import CapacityError, StoreError
 from ..core.layout import ALIGN_BYTES, blob_bytes, chunk_bytes
 from ..core.model_spec import ModelSpec
-from .catalog import Catalog, Kept
+from .catalog import Catalog
 from .chunk_file import (
     ChunkCorrupt,
     ChunkMeta,
@@ -32,6 +32,7 @@ from .chunk_file import (
     cannot_write,
     check_order,
     check_values,
+    chunk_seed,
     encode_header,
     fill_blobs,
     seal_blobs,
@@ -42,8 +43,8 @@ from .device_chunks import DeviceMemory
 from .layer_rows import LayerRows
 from .placement import Placement
 from .room import Room
-from .store_index import Row, StoreIndex, identity_of
-from .store_lock import Owners
+from .store_index import Claim, Kept, Row, Seal, StoreIndex, identity_of
+from .store_lock import NOBODY, Owners
 from .store_scan import REPAIRS, Scan
 from .tiers import FileMedium, HostMemory, StoreTier, TierConfig, check_tiers
 
@@ -107,12 +108,18 @@ class ChunkStore:
         try:
             index.agree_on_tiers({t.name: t.config.terms for t in self.tiers.values()}, alone)
             if alone:
+                dead = index.claims()
                 found = Scan(
                     self._folder, index, self.model, self._fingerprint, self.tiers,
                     self._known_tiers,
                 )  # fmt: skip
                 found.run()
                 self.repairs = found.repairs
+                for claim in dead:
+                    # `shrink` removes what a server did not remove now, or has of what a file has.
+                    tier = self.tiers.get(claim.tier)
+                    if tier is not None and tier.remote is not None:
+                        index.claim(Claim(claim.key, NOBODY, claim.tier, 0))
             self._catalog = Catalog(self._folder, index, self.model, self.tiers, self._owners)
             self._reader = ChunkReader(
                 self.shape, files, self._catalog, self.counters, self._devices,
@@ -120,7 +127,7 @@ class ChunkStore:
             )  # fmt: skip
             # It counts evictions, demotions and failed removals.
             self.room = Room(self._catalog, self._reader.to_ram)
-            self._placement = Placement(self._folder, self._catalog, self._reader, self.room)
+            self._placement = Placement(self._catalog, self._reader, self.room)
             self.repairs["chunks_evicted"] = self.room.shrink(self.tiers.values())
         except BaseException:
             index.close()
@@ -190,7 +197,8 @@ class ChunkStore:
                 )  # fmt: skip
                 header = encode_header(meta, order.numpy())
                 data = blobs()
-                seal_blobs(self.shape, key, data, n_tokens)
+                seed = chunk_seed(key, order.numpy())
+                seal_blobs(self.shape, seed, data, n_tokens)
                 copy = self._reader.new_copy(where, data)
                 self._placement.write(where, key, header, data, blob_bytes(self.model, n_tokens))
                 row = Row(
@@ -200,11 +208,11 @@ class ChunkStore:
                 try:
                     with catalog.changed, catalog.shared():
                         kept = catalog.settle(row)
-                        kept.order = order
+                        kept.seal = Seal(order, seed, kept.n_changes)
                         catalog.keep_copy(key, copy)
                         self.counters.puts += 1
                 except BaseException:
-                    self.room.remove_bytes(where, key, self._placement.path(key))
+                    self.room.remove_bytes(where, key)
                     raise
         return kept.entry
 
@@ -220,6 +228,14 @@ class ChunkStore:
         """
         return self._placement.place(key, self._tier(tier)).entry
 
+    def place_if_sound(self, key: str, tier: str) -> bool:
+        """`place`; False when the chunk is gone, or was discarded now as its bytes are bad.
+
+        Raises:
+            StoreError, CapacityError: as `place`.
+        """
+        return self._placement.place_if_sound(key, self._tier(tier))
+
     def forget_devices(self) -> None:
         """Let go of what lies on devices, as their layers are about to change.
 
@@ -230,16 +246,7 @@ class ChunkStore:
 
     def discard(self, key: str) -> None:
         """Forget a chunk everywhere; unknown keys are ignored."""
-        catalog = self._catalog
-        with catalog.claim(key):
-            for tier in self.tiers.values():
-                with catalog.changed, catalog.shared():
-                    kept = catalog.kept.get(key)
-                    if kept is None or tier.name not in kept.tiers:
-                        continue
-                    has_bytes = catalog.leave(kept, tier)
-                if has_bytes:
-                    self.room.remove([(tier, kept)], claimed=True)
+        self._placement.discard(key)
 
     # Looking up
 
@@ -252,8 +259,8 @@ class ChunkStore:
     ) -> ChunkIndex:
         """The tenant's chunks stored in that order, least recently used first, for a policy.
 
-        With `tier`, every one of them is placed there first (`place`); those that do not fit
-        into its capacity are left out. With `into`, they are added to that index.
+        With `tier`, every one of them is placed there first; those that do not fit into its
+        capacity or whose bytes are bad are left out. With `into`, they are added to that index.
         """
         owner = _tenant_id(tenant)
 
@@ -269,10 +276,8 @@ class ChunkStore:
 
         if tier is not None:
             for kept in listed():
-                # Making room for one may have removed another.
-                if kept.entry.key in self._catalog.kept:
-                    with suppress(CapacityError):
-                        self.place(kept.entry.key, tier)
+                with suppress(CapacityError):
+                    self.place_if_sound(kept.entry.key, tier)
         index = ChunkIndex() if into is None else into
         for kept in listed():
             if tier is None or tier in kept.tiers:
@@ -294,10 +299,7 @@ class ChunkStore:
             StoreError: it is not in the store.
             ChunkCorrupt: its header is bad.
         """
-        kept = self._catalog.find(key)
-        if kept.order is None:
-            kept.order = torch.from_numpy(self._reader.verified_order(kept).astype(np.int64))
-        return kept.order
+        return self._reader.sealed(self._catalog.find(key)).order
 
     # Reading
 
@@ -309,6 +311,7 @@ class ChunkStore:
         n_rows_by_layer: Sequence[int],
         request_bytes: int,
         tier: str | None = None,
+        order: Tensor | None = None,
     ) -> LayerRows:
         """The first rows of layers `layer_start` to `layer_stop - 1`, verified. Blocks.
 
@@ -318,10 +321,12 @@ class ChunkStore:
             n_rows_by_layer: rows of each of these layers, 0 to N.
             request_bytes: most bytes asked of the medium at once; a multiple of 4096.
             tier: to read from instead of the one that serves the chunk.
+            order: as `order` gave it to the caller, who will use the rows with it.
 
         Raises:
             ChunkCorrupt: flipped, cut off, swapped or missing; says which layer.
-            StoreError: not in the store, not in that tier's RAM, or rows that are not there.
+            StoreError: not in the store, not in that tier's RAM, rows that are not there, or put
+                anew meanwhile in another order.
         """
         kept = self._catalog.find(key)
         where = self._tier(kept.entry.tier if tier is None else tier)
@@ -342,7 +347,8 @@ class ChunkStore:
                 remedy="correct the call",
             )
         self._catalog.touch(kept)
-        return self._reader.read(kept, where, layer_start, tuple(n_rows_by_layer), request_bytes)
+        rows = tuple(n_rows_by_layer)
+        return self._reader.read(kept, where, layer_start, rows, request_bytes, order)
 
     def is_unbuffered(self, tier: str) -> bool | None:
         """Whether reads of a file tier bypass the page cache; None for DRAM."""

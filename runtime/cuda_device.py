@@ -5,6 +5,7 @@ Nothing here makes the host wait but what says so by `waiting`.
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import mmap
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import CapacityError
 from ..core.layout import ALIGN_BYTES
 from .device import COPY_OUT, URGENT, Device, Graph, Ranges, aligned, joined
 from .standing_threads import StandingThreads
@@ -108,12 +110,20 @@ class CudaDevice(Device):
         return self._streams[name]
 
     def host_pages(self, n_bytes: int) -> np.ndarray:
-        """Pinned pages, aligned for unbuffered reads: uint8 `[n_bytes]`."""
-        pages = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-        if not aligned(pages):
-            pages = torch.empty(n_bytes + ALIGN_BYTES, dtype=torch.uint8, pin_memory=True)
-            skip = -pages.data_ptr() % ALIGN_BYTES
-            pages = pages[skip : skip + n_bytes]
+        """Pinned pages, aligned for unbuffered reads: uint8 `[n_bytes]`.
+
+        Raises:
+            OSError: the driver pins no more, as mapping memory fails elsewhere.
+        """
+        try:
+            pages = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+            if not aligned(pages):
+                pages = torch.empty(n_bytes + ALIGN_BYTES, dtype=torch.uint8, pin_memory=True)
+                skip = -pages.data_ptr() % ALIGN_BYTES
+                pages = pages[skip : skip + n_bytes]
+        except RuntimeError as e:
+            why = str(e).partition("\n")[0]
+            raise OSError(errno.ENOMEM, f"{n_bytes} bytes cannot be pinned: {why}") from None
         found: np.ndarray = pages.numpy()
         return found
 
@@ -165,9 +175,20 @@ class CudaDevice(Device):
 
     @property
     def copy_from_bytes(self) -> int:
-        """See `Device`; measured once per GPU and process."""
+        """See `Device`; measured once per GPU and process.
+
+        Raises:
+            CapacityError: the GPU has no room for it.
+        """
         with self.current():
-            return _crossover(self.index)
+            try:
+                return _crossover(self.index)
+            except torch.OutOfMemoryError as e:
+                raise CapacityError(
+                    "measuring the link to a GPU takes some of its memory for a moment",
+                    values=f"{self.name}: {str(e).splitlines()[0]}",
+                    remedy="end what else uses that GPU, or use another one",
+                ) from None
 
     def _gather(self, pages: Tensor, runs: Ranges, out: Tensor) -> None:
         from ..kernels.gather_host import gather_host
@@ -318,7 +339,10 @@ def _crossover(index: int) -> int:
     """Of that GPU, which is the current one."""
     from ..kernels.gather_host import measured_crossover
 
-    return measured_crossover()
+    try:
+        return measured_crossover()
+    finally:  # KV and weights come next: torch would keep what it took, gigabytes
+        torch.cuda.empty_cache()
 
 
 def _unregister(runtime: Any, address: int, mapping: mmap.mmap) -> None:

@@ -72,9 +72,8 @@ class CudaExecutor(WorkerExecutor):
     def _note(self, stage: int, wait: HostWait) -> None:
         self._waits.append(replace(wait, device=stage))
 
-    def close(self) -> None:
-        """See `WorkerExecutor`; what was launched has ended then."""
-        super().close()
+    def _forget(self) -> None:
+        """See `WorkerExecutor`; what was launched ends first, as it may use the sessions' KV."""
         for stream in self._streams.values():
             with suppress(Exception):  # the caller of `wait` has the first error
                 stream.mark().wait()
@@ -82,6 +81,7 @@ class CudaExecutor(WorkerExecutor):
         self._streams.clear()
         for device in self._devices:
             device.on_wait = None
+        super()._forget()
 
     def _start(self, work: Callable[..., None], args: tuple[Any, ...], name: str) -> None:
         """See `WorkerExecutor`; what computes is launched by the thread of the run before."""
@@ -118,24 +118,24 @@ class CudaExecutor(WorkerExecutor):
     def _work(self, lane: Lane, queue: SimpleQueue[Item | None]) -> None:
         reaped: SimpleQueue[_Task | None] = SimpleQueue()
         self._reaped[lane] = reaped
-        self._start(self._reap, (lane, reaped), f"{lane[1]}@{lane[0]}.ends")
-        places = self._places[lane] = threading.Semaphore(IN_FLIGHT)
-        while (item := queue.get()) is not None:
-            op, seq, submit_ns = item
-            task = self._tasks[op.op_id]
-            task.seq, task.submit_ns = seq, submit_ns
-            try:
+        try:  # around all of it: whoever waits would never hear of a worker that is gone
+            self._start(self._reap, (lane, reaped), f"{lane[1]}@{lane[0]}.ends")
+            places = self._places[lane] = threading.Semaphore(IN_FLIGHT)
+            while (item := queue.get()) is not None:
+                op, seq, submit_ns = item
+                task = self._tasks[op.op_id]
+                task.seq, task.submit_ns = seq, submit_ns
                 if op.kind == "load":
                     places.acquire()
                     self._load(task, lane)
                 else:
                     self._launch(task, lane)
-            except BaseException as e:
-                self._fail(e)
-            if self._stopping:
-                break
-            reaped.put(task)
-            task.launched.set()
+                if self._stopping:
+                    break
+                reaped.put(task)
+                task.launched.set()
+        except BaseException as e:
+            self._fail(e)
         reaped.put(None)
 
     def _launch(self, task: _Task, lane: Lane) -> None:

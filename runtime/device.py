@@ -131,20 +131,24 @@ class Device:
         )
 
     def host_pages(self, n_bytes: int) -> Any:
-        """Whole pages of host memory, from which the device can be filled: a buffer."""
+        """Whole pages of host memory, from which the device can be filled: a buffer.
+
+        Raises:
+            OSError: there is no such memory left.
+        """
         return mmap.mmap(-1, n_bytes)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the device, contents undefined."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch)
 
+    def lasting_pages(self, n_bytes: int) -> Any:
+        """As `host_pages`, exactly as large: much of it stays for long."""
+        return self.host_pages(n_bytes)
+
     def upload(self, host: Tensor) -> Tensor:
         """The values of a host tensor, for work queued from now on."""
         return host
-
-    def lasting_pages(self, n_bytes: int) -> Any:
-        """The same, exactly as large: much of it stays for long."""
-        return self.host_pages(n_bytes)
 
     def upload_pages(self, pages: Tensor, ranges: Ranges) -> Tensor:
         """Ranges of uint8 pages (first byte, bytes), joined, for work queued from now on.

@@ -7,6 +7,7 @@ streams of its own.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ from .cores import bind
 from .handlers import Handlers, Made
 from .session import Session
 from .standing_threads import Standing
+
+log = logging.getLogger(__name__)
 
 SessionSource = Callable[[int, int], Session]
 """Opens the session of (request id, attempt)."""
@@ -77,6 +80,8 @@ class WorkerExecutor(ABC):
         handlers: what carries out ops, one for each device.
         source: opens a session at the first op of an attempt.
         on_end: called with each session whose request has ended.
+        let_go: called once with each session that was opened: behind `on_end`, when another attempt
+            takes its place, or when the executor is closed, however its run ended.
     """
 
     def __init__(
@@ -84,11 +89,13 @@ class WorkerExecutor(ABC):
         handlers: Handlers | Sequence[Handlers],
         source: SessionSource,
         on_end: Callable[[Session], None] | None = None,
+        let_go: Callable[[Session], None] | None = None,
     ) -> None:
         _switch_interval.shorten()
         self._handlers = list(handlers) if isinstance(handlers, Sequence) else [handlers]
         self._source = source
         self._on_end = on_end
+        self._let_go = let_go
         self._sessions: dict[int, Session] = {}
         self._queues: dict[Lane, SimpleQueue[Item | None]] = {}
         self._threads: list[threading.Thread | Standing] = []
@@ -153,7 +160,7 @@ class WorkerExecutor(ABC):
         return tuple(self._waits)
 
     def open_sessions(self) -> list[Session]:
-        """Sessions that have not ended, as after the fixed DAG of a prompt."""
+        """Sessions that have not ended, as after the fixed DAG of a prompt; none once closed."""
         return list(self._sessions.values())
 
     def close(self) -> None:
@@ -185,6 +192,8 @@ class WorkerExecutor(ABC):
             _switch_interval.give_back()
         self._queues.clear()
         self._threads.clear()
+        for request_id in list(self._sessions):
+            self._drop(request_id)
 
     @abstractmethod
     def _prepare(self) -> None:
@@ -209,7 +218,14 @@ class WorkerExecutor(ABC):
             request_id = member.request_ids[0]
             session = self._sessions.get(request_id)
             if session is None or session.attempt != member.attempt:
+                if session is not None:  # its ops have ended: the engine waits for that
+                    self._drop(request_id)
                 self._sessions[request_id] = self._source(request_id, member.attempt)
+
+    def _drop(self, request_id: int) -> None:
+        session = self._sessions.pop(request_id)
+        if self._let_go is not None:
+            self._let_go(session)
 
     def _queue(self, lane: Lane) -> SimpleQueue[Item | None]:
         if lane not in self._queues:
@@ -258,9 +274,9 @@ class WorkerExecutor(ABC):
         """Let go of the sessions that have ended."""
         for session in sessions:
             if session.request_id in outcome.ended:
-                del self._sessions[session.request_id]
                 if self._on_end is not None:
                     self._on_end(session)
+                self._drop(session.request_id)
 
 
 class CpuExecutor(WorkerExecutor):
@@ -280,21 +296,23 @@ class CpuExecutor(WorkerExecutor):
     @torch.inference_mode()
     def _work(self, lane: Lane, queue: SimpleQueue[Item | None]) -> None:
         device, stream = lane
-        bind(stream, device, torch.get_num_threads())
-        while (item := queue.get()) is not None:
-            op, seq, submit_ns = item
-            self._await(op.deps)
-            if self._stopping:
-                return
+        try:  # around all of it: whoever waits would never hear of a worker that is gone
             try:
+                bind(stream, device, torch.get_num_threads())
+            except OSError as e:  # the cores that may be used have changed, or none may be chosen
+                log.warning("%s runs on whatever core is free: %s", stream, e)
+            while (item := queue.get()) is not None:
+                op, seq, submit_ns = item
+                self._await(op.deps)
+                if self._stopping:
+                    return
                 start_ns = self.now_ns()
                 outcome = self._run(op)
                 end_ns = self.now_ns()
-            except BaseException as e:
-                self._fail(e)
-                return
-            self._ended.pop(op.op_id).set()
-            self._done(Span(op, seq, submit_ns, start_ns, end_ns, outcome))
+                self._ended.pop(op.op_id).set()
+                self._done(Span(op, seq, submit_ns, start_ns, end_ns, outcome))
+        except BaseException as e:
+            self._fail(e)
 
     def _await(self, deps: Sequence[int]) -> None:
         for dep in deps:

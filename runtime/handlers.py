@@ -66,9 +66,9 @@ class Handlers:
             counts = [session.decision.n_loaded(ordinal, layer, n_layers) for layer in layers]
             key = session.decision.chunks[ordinal].key
             try:
-                session.order(ordinal)
+                order = session.order(ordinal)
                 rows = self.store.read(
-                    key, layers[0], layers[-1] + 1, counts, self.request_bytes, op.tier
+                    key, layers[0], layers[-1] + 1, counts, self.request_bytes, op.tier, order
                 )
             except StoreError as e:
                 self.unreadable.append(e)

@@ -6,6 +6,7 @@ instead, and the simulator does not show its gain. Use it for serving, not for w
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from ..core.chunk_index import ChunkEntry, ChunkIndex
 from ..core.errors import CacheTuneError
 from ..core.workload import Request
 from .chunk_store import ChunkStore
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -99,6 +102,10 @@ class Prefetcher:
             try:
                 self._store.place(entry.key, self._tier)
             except CacheTuneError:
+                self.counters.failed += 1
+                continue
+            except Exception:  # the thread goes on, as that of write-back does
+                log.exception("a chunk was not moved up")
                 self.counters.failed += 1
                 continue
             self.counters.moved += 1

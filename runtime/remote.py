@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import numpy as np
 
 from ..core.errors import StoreError
 
 TIMEOUT_S = 2.0
+MAX_TIMEOUT_S = 3600.0
 PREFIX = "cachetune"
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 OBJECT_SCHEMES = ("s3", "gs", "az", "file", "memory")
@@ -81,7 +82,7 @@ class RemoteUrl:
         Raises:
             StoreError: a scheme that is not supported, or settings that make no sense.
         """
-        parts = urlsplit(url)
+        parts = _split(url)
         settings = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         try:
             timeout_s = float(settings.pop("timeout_s", TIMEOUT_S))
@@ -89,15 +90,30 @@ class RemoteUrl:
             timeout_s = 0.0
         prefix = settings.pop("prefix", PREFIX)
         known = parts.scheme in (*REDIS_SCHEMES, *OBJECT_SCHEMES)
-        if not known or settings or not timeout_s > 0 or not prefix:
+        if not known or settings or not 0 < timeout_s <= MAX_TIMEOUT_S or not prefix:
             raise StoreError(
                 "a remote tier needs a URL of a scheme among "
                 f"{', '.join((*REDIS_SCHEMES, *OBJECT_SCHEMES))} with no settings but timeout_s "
-                "above 0 and prefix",
+                f"above 0 and at most {MAX_TIMEOUT_S:g}, and prefix",
                 values=f"scheme {parts.scheme!r}, settings {parts.query!r}",
                 remedy="correct the URL, such as redis://127.0.0.1:6379/0?timeout_s=2",
             )
         return RemoteUrl(parts.scheme, parts._replace(query="").geturl(), timeout_s, prefix)
+
+
+def _split(url: str) -> SplitResult:
+    """A URL's parts; of a server's, host and port are such that it can be asked for."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in REDIS_SCHEMES:
+            _ = parts.port, (parts.hostname or "").encode("idna")
+    except ValueError:  # its text may hold the password, as all of the URL
+        raise StoreError(
+            "a remote tier needs a URL with a host name and a port from 0 to 65535",
+            values=f"one of scheme {url.partition(':')[0]!r} that cannot be taken apart",
+            remedy="correct the URL, such as redis://127.0.0.1:6379/0, an IPv6 address in [ ]",
+        ) from None
+    return parts
 
 
 def open_remote(url: str) -> RemoteMedium:

@@ -106,7 +106,7 @@ class RespConnection:
             raise ReplyError(rest.decode(errors="replace"))
         if kind == b"+":
             return rest
-        count = int(rest)
+        count = _number(kind, rest)
         if kind == b":":
             return count
         if count < 0:
@@ -123,7 +123,7 @@ class RespConnection:
         kind, rest = self._line()
         if kind == b"-":
             raise ReplyError(rest.decode(errors="replace"))
-        count = int(rest)
+        count = _number(kind, rest)
         if kind != b"$" or count > len(out):
             raise ConnectionError(f"a value of {len(out)} bytes was asked, got {kind!r} {count}")
         self._fill(out[: max(0, count)])
@@ -167,3 +167,12 @@ class RespConnection:
         if count == 0:
             raise ConnectionResetError("the server has hung up")
         return count
+
+
+def _number(kind: bytes, rest: bytes) -> int:
+    """The number behind the first byte of a reply."""
+    try:
+        return int(rest)
+    except ValueError:
+        line = (kind + rest)[:40].decode(errors="replace")
+        raise ConnectionError(f"this is no Redis server: it answers {line!r}") from None

@@ -6,19 +6,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from ..core.errors import CapacityError
-from .catalog import POLL_S, Catalog, Kept
+from .catalog import POLL_S, Catalog
 from .device_chunks import DeviceChunk
+from .store_index import Kept
 from .tiers import StoreTier
 
 log = logging.getLogger(__name__)
 
 ROOM_WAIT_S = 10.0
 
-Doomed = list[tuple[StoreTier, Kept]]
-"""Chunks that have left a tier whose medium still holds their bytes."""
+Doomed = list[tuple[StoreTier, str, int]]
+"""Chunks that have left a tier whose medium still holds that many bytes of them."""
 
 Fallen = list[tuple[Kept, DeviceChunk]]
 """Chunks that have gone from a device to RAM, where their bytes are not yet."""
@@ -62,12 +62,7 @@ class Room:
         try:
             yield
         except BaseException:
-            with catalog.changed:
-                if not catalog.closed:
-                    with catalog.shared():
-                        tier.used_bytes -= n_bytes
-                        catalog.promise(key, "", 0)
-                catalog.changed.notify_all()
+            self._give_back(key, tier, n_bytes)
             raise
 
     def shrink(self, tiers: Iterable[StoreTier]) -> int:
@@ -78,16 +73,33 @@ class Room:
                 before = self.evictions
         return self.evictions
 
-    def remove_bytes(self, tier: StoreTier, key: str, path: Path) -> None:
-        """Remove what a medium holds of a claimed chunk; trouble is counted, not raised."""
+    def remove_bytes(self, tier: StoreTier, key: str) -> None:
+        """Remove what a medium holds of a claimed chunk; trouble is counted, not raised.
+
+        What a remote tier does not remove is tried again by who next takes room there.
+        """
         try:
             if tier.remote is None:
-                path.unlink(missing_ok=True)
+                self._catalog.path(key).unlink(missing_ok=True)
             else:
                 tier.remote.remove(key)
         except OSError as e:
             self.remove_failures += 1
+            if tier.remote is not None:
+                self._catalog.leftovers[key] = tier.name
             log.warning("chunk %s could not be removed from tier '%s': %s", key, tier.name, e)
+
+    def _give_back(self, key: str, tier: StoreTier, n_bytes: int) -> None:
+        """Nothing is promised any more for a claimed chunk."""
+        catalog = self._catalog
+        with catalog.changed:
+            try:
+                if not catalog.closed:
+                    with catalog.shared():
+                        tier.used_bytes -= n_bytes
+                        catalog.promise(key, "", 0)
+            finally:
+                catalog.changed.notify_all()
 
     def _take(self, key: str, tier: StoreTier, n_bytes: int) -> bool:
         """Evict as needed and take the bytes; False when there are not enough yet."""
@@ -97,17 +109,31 @@ class Room:
         try:
             with catalog.changed, catalog.shared():
                 self._evict_for(tier, n_bytes, doomed, fallen)
+                if tier.remote is not None:
+                    doomed.extend((tier, half, 0) for half in catalog.claim_halves(tier))
                 taken = tier.fits(n_bytes)
                 if taken and n_bytes:
                     tier.used_bytes += n_bytes
                     catalog.promise(key, tier.name, n_bytes)
         except BaseException:  # nothing was changed
-            catalog.claimed.difference_update(kept.entry.key for _, kept in doomed)
+            catalog.claimed.difference_update(gone for _, gone, _ in doomed)
             raise
-        self.remove(doomed)
-        for victim, copy in fallen:
-            self._to_ram(victim, copy)
+        try:
+            self.remove(doomed)
+            for victim, copy in fallen:
+                self._fall(victim, copy)
+        except BaseException:
+            if taken and n_bytes:
+                self._give_back(key, tier, n_bytes)
+            raise
         return taken
+
+    def _fall(self, victim: Kept, copy: DeviceChunk) -> None:
+        """Bring to RAM what has fallen there; if that fails, its file is read at its next use."""
+        try:
+            self._to_ram(victim, copy)
+        except Exception as e:  # whatever a device or the system has against it
+            log.warning("chunk %s is not in RAM yet: %s", victim.entry.key, e)
 
     def _evict_for(self, tier: StoreTier, n_bytes: int, doomed: Doomed, fallen: Fallen) -> None:
         """Evict until the bytes fit once those of `doomed` are removed; fills it and `fallen`."""
@@ -125,7 +151,7 @@ class Room:
             if catalog.leave(victim, tier, evicted=True):
                 freed += victim.entry.n_bytes
                 busy.add(victim.entry.key)
-                doomed.append((tier, victim))
+                doomed.append((tier, victim.entry.key, victim.entry.n_bytes))
 
     def _demoted(self, victim: Kept, tier: StoreTier, doomed: Doomed, fallen: Fallen) -> bool:
         """Have the victim counted in the tier below, if there is one; False: once more later."""
@@ -154,15 +180,20 @@ class Room:
         """Remove the bytes of chunks that have left; what was promised for them is free then."""
         if not doomed:
             return
-        for tier, kept in doomed:
-            self.remove_bytes(tier, kept.entry.key, kept.path)
         catalog = self._catalog
-        with catalog.changed:
-            with catalog.shared():
-                for tier, kept in doomed:
-                    tier.used_bytes -= kept.entry.n_bytes
+        try:
+            for tier, key, _ in doomed:
+                self.remove_bytes(tier, key)
+            with catalog.changed, catalog.shared():
+                for tier, key, n_bytes in doomed:
+                    tier.used_bytes -= n_bytes
                     if claimed:
-                        catalog.promise(kept.entry.key, "", 0)
+                        catalog.promise(key, "", 0)
                     else:
-                        catalog.release(kept.entry.key)
-            catalog.changed.notify_all()
+                        catalog.release(key)
+        finally:
+            # A claim that could not be released is ours, and dead: `Catalog.busy` clears it up.
+            with catalog.changed:
+                if not claimed:
+                    catalog.claimed.difference_update(key for _, key, _ in doomed)
+                catalog.changed.notify_all()

@@ -96,12 +96,11 @@ class Runner:
         self.spec = loaded.spec
         self.compute_threads = compute_threads
         self.kv_capacity_tokens = kv_capacity_tokens
-        self.stages = self._cut(pipeline_stages)
+        self.stages = self._cut(stage_devices(self.device, pipeline_stages))
         self.transformer = self.stages.encoder
         memory = None
         if self.device.kind != "cpu":
             memory = HostMemory(self.device.host_pages, self.device.lasting_pages)
-            _ = self.device.copy_from_bytes  # measured now, not within the first request
         self.store = ChunkStore(
             Path(store_dir), self.spec, loaded.fingerprint, tiers, memory,
             DeviceMemory(lambda: self.stages.places),
@@ -119,22 +118,34 @@ class Runner:
         """Cut the model into `n` stages, if it is not; what ran before has ended.
 
         Raises:
-            PlanError, DeviceError, CapacityError: too many for the layers or the devices.
+            PlanError, DeviceError, CapacityError: too many for the layers or the devices; the
+                model stays cut as it was.
         """
-        if len(self.stages.devices) != n:
-            if self.write_back is not None:
-                self.write_back.flush()  # or it would put chunks where the layers were
-            self.store.forget_devices()
-            self.stages.release()
-            self.stages = self._cut(n)
+        before = self.stages.devices
+        if len(before) == n:
+            return
+        ReusePlan(pipeline_stages=n).check_stages(self.spec.n_layers)
+        devices = stage_devices(self.device, n)
+        if self.write_back is not None:
+            self.write_back.flush()  # or it would put chunks where the layers were
+        self.store.forget_devices()
+        self.stages.release()
+        try:
+            self.stages = self._cut(devices)
+        except BaseException as e:
+            e.__traceback__ = e.__context__ = None  # their frames hold what was allocated already
+            self.stages = self._cut(before)
+            raise
+        finally:
             self.transformer = self.ingestor.transformer = self.stages.encoder
 
     @property
     def _pool(self) -> KvPool | SlabPool:
         return self.stages.pool
 
-    def _cut(self, n: int) -> Stages:
-        devices = stage_devices(self.device, n)
+    def _cut(self, devices: Sequence[Device]) -> Stages:
+        for device in devices:
+            _ = device.copy_from_bytes  # measured beside no KV, and not within the first request
         return Stages(self.loaded, devices, self.kv_capacity_tokens)
 
     @property
@@ -161,27 +172,24 @@ class Runner:
         for tenant, content_id in asked_by_tenant(workload):
             content = workload.contents[content_id]
             entry = self.ingestor.kept(content_id, order, tenant)
-            if entry is None:
-                if content.token_ids is None:
-                    raise WorkloadError(
-                        "a workload that is run for real needs token ids",
-                        values=f"content '{content_id}' has none",
-                        remedy="add token_ids to the table of contents, or simulate it",
-                    )
-                if content_id_of(content.token_ids) != content_id:
-                    raise WorkloadError(
-                        "a content that is run for real must be named by the hash of its tokens",
-                        values=f"content '{content_id}'",
-                        remedy="rename contents with Workload.by_content()",
-                    )
-                ingest: Callable[..., object] = self.ingestor.ingest
-                if only_missing and self.write_back is not None:
-                    ingest = partial(self.ingestor.ingest_behind, self.write_back)
-                ingest(
-                    content.token_ids, selector=order, tier=tier, neighbours=texts, tenant=tenant
+            if entry is not None and (only_missing or self.store.place_if_sound(entry.key, tier)):
+                continue
+            if content.token_ids is None:
+                raise WorkloadError(
+                    "a workload that is run for real needs token ids",
+                    values=f"content '{content_id}' has none",
+                    remedy="add token_ids to the table of contents, or simulate it",
                 )
-            elif not only_missing:
-                self.store.place(entry.key, tier)
+            if content_id_of(content.token_ids) != content_id:
+                raise WorkloadError(
+                    "a content that is run for real must be named by the hash of its tokens",
+                    values=f"content '{content_id}'",
+                    remedy="rename contents with Workload.by_content()",
+                )
+            ingest: Callable[..., object] = self.ingestor.ingest
+            if only_missing and self.write_back is not None:
+                ingest = partial(self.ingestor.ingest_behind, self.write_back)
+            ingest(content.token_ids, selector=order, tier=tier, neighbours=texts, tenant=tenant)
 
     def index(
         self, plan: ReusePlan, tier: str | None = None, tenants: Iterable[str] = ("",)
@@ -250,7 +258,7 @@ class Runner:
         self._capture(
             max((len(o.request_ids) for o in schedule.ops if o.kind == "decode"), default=0)
         )
-        with self._executor(handlers, source, lambda s: self._collect(result, s)) as executor:
+        with self._executor(handlers, source, result) as executor:
             executor.warm({op.stream for op in schedule.ops})
             result.timeline = replace(execute(schedule, executor), waits=executor.host_waits())
             for session in executor.open_sessions():
@@ -288,25 +296,16 @@ class Runner:
         engine = Engine(workload, self.spec, plan, index, blocks, on_wait)
         requests = {r.request_id: r for r in workload.requests}
         result = RunResult(Timeline((), 0, ()))
-        latest: dict[int, Session] = {}
 
         def source(request_id: int, attempt: int) -> Session:
             decision = engine.decision_of(request_id)
-            if attempt:  # every op of the attempt before has ended: the engine waits for that
-                self._pool.give_back(latest[request_id].buffer)
-            session = self._session(
+            return self._session(
                 workload, requests[request_id], attempt, decision, stop_tokens=stop_tokens
             )
-            latest[request_id] = session
-            return session
-
-        def collect(session: Session) -> None:
-            del latest[session.request_id]
-            self._collect(result, session)
 
         handlers = self._handlers(plan)
         self._capture(min(plan.max_num_seqs, len(workload.requests)))
-        with prefetcher or nullcontext(), self._executor(handlers, source, collect) as executor:
+        with prefetcher or nullcontext(), self._executor(handlers, source, result) as executor:
             executor.warm(self._streams(plan))
             timeline = serve(workload, engine, executor)
             result.timeline = replace(timeline, waits=executor.host_waits())
@@ -353,13 +352,11 @@ class Runner:
         ]
 
     def _executor(
-        self,
-        handlers: Sequence[Handlers],
-        source: SessionSource,
-        on_end: Callable[[Session], None],
+        self, handlers: Sequence[Handlers], source: SessionSource, result: RunResult
     ) -> WorkerExecutor:
         made = CpuExecutor if self.device.kind == "cpu" else CudaExecutor
-        return made(handlers, source, on_end)
+        on_end = partial(self._collect, result)
+        return made(handlers, source, on_end, lambda s: self._pool.give_back(s.buffer))
 
     def _collect(self, result: RunResult, session: Session) -> None:
         request_id = session.request_id
@@ -370,7 +367,6 @@ class Runner:
         )
         if session.suffix_logits is not None:
             result.suffix_logits[session.request_id] = session.suffix_logits
-        self._pool.give_back(session.buffer)
 
     def _session(
         self,

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
+from ..core.chunk_index import ChunkEntry
 from ..core.errors import StoreError
 from ..core.model_spec import ModelSpec
 from .chunk_file import FORMAT_VERSION
@@ -56,6 +59,34 @@ class Row:
     tenant_id: str
     header_bytes: int
     tiers: tuple[str, ...]
+
+
+class Seal(NamedTuple):
+    """What the header of a chunk's bytes said: `order`, int64 [N], and the checksum seed of it."""
+
+    order: Tensor
+    seed: int
+    n_changes: int
+    """Of `Kept`, when the header was read."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """A chunk in the store. `entry.tier` serves it; `tiers` are all that hold it.
+
+    Another process may remove a chunk and put it anew in another order, under the same key. So
+    `seal` is to be trusted only while `n_changes`, of its row by others, is what it was; and the
+    checksums are seeded with the order, for what changes while it is read.
+    """
+
+    row: Row
+    entry: ChunkEntry
+    path: Path
+    blob_bytes: int
+    tiers: set[str]
+    tick: int
+    seal: Seal | None = None
+    n_changes: int = 0
 
 
 class Claim(NamedTuple):

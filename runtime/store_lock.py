@@ -15,6 +15,8 @@ from pathlib import Path
 from ..core.errors import StoreError
 
 MAX_OWNERS = 1024
+NOBODY = MAX_OWNERS + 1
+"""Never alive: owns claims whose work has ended but for what could not be removed yet."""
 _GATE = 0
 _FLOCK = "hhqqi4x"
 

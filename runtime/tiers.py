@@ -212,7 +212,9 @@ class BufferPool:
             pages = free.pop()
         except IndexError:
             pages = self._pages(size)
-        array = np.frombuffer(pages, dtype=np.uint8)
+        # Over a memoryview: views of an array over an array would keep only the innermost one
+        # alive, and the lent one would die before them.
+        array = np.frombuffer(memoryview(pages), dtype=np.uint8)
         loan = _Loan(array, self._take_back)
         loan.pages, loan.size = pages, size
         self._lent[id(loan)] = loan

@@ -188,7 +188,7 @@ class Candidate(Record):
         return round(model.kv_bytes_per_token * STORED_BITS[self.stored] / 16)
 
     def cost(self, model: ModelSpec, end: KernelEnd | None = None) -> StepCost:
-        """Seconds of steps of a replica; the same object for the same machine and model.
+        """Seconds of steps of a replica; kernels are read once for the same machine and model.
 
         Args:
             end: of the interval of every kernel, for the cost there; None for their middle.

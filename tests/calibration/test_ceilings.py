@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_without_a_folder_the_disk_is_left_out() -> None:
 def test_slow_times_are_low_rates() -> None:
     one = Ceiling.of("copy", 100.0, "B/s", Spread(2.0, 1.0, 4.0, 20), "by hand")
     assert (one.rate, one.low, one.high) == (50.0, 25.0, 100.0)
+
+
+def test_a_peer_that_hangs_up_ends_the_fetch() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"some")
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionError, match="hung up"):
+            ceilings._fetcher(ours, 100)()
 
 
 def test_no_room_is_one_error(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cachetune.calibration.end_to_end import (
     predicted,
     validate,
 )
-from cachetune.calibration.silicon import Point, fit_length, predict
+from cachetune.calibration.silicon import Point, fit_length, predict, read_points
 from cachetune.calibration.silicon import fit_overhead_s as fit_step_s
 from cachetune.core.errors import ModelError, ProfileError, WorkloadError
 from cachetune.simulator.step_profile import Curve, StepProfile
@@ -107,6 +107,67 @@ def test_capture_sizes_follow_the_engine() -> None:
     assert capture_sizes(128)[-1] == 256
     assert capture_sizes(256)[-1] == 512
     assert 12 not in capture_sizes(256)
+
+
+def test_bytes_that_are_no_text_are_one_line(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", overhead_s=0.0)
+    (folder / "requests.jsonl").write_bytes(b'{"input_toks": "\xff\xfe"}')
+    with pytest.raises(WorkloadError, match=r"requests\.jsonl must be text in UTF-8, got byte 16"):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("engine", "facts", "said"),
+    [
+        ({}, {"kv_cache": [1]}, "kv_cache must be an object"),
+        ({}, {"resolved_config": "x"}, "resolved_config must be an object"),
+        ({}, {"kv_cache": {"num_gpu_blocks": "many"}}, "num_gpu_blocks must be a number"),
+        ({"tensor_parallel_size": "two"}, {}, "tensor_parallel_size must be a number"),
+        ({"cudagraph_capture_sizes": ["a"]}, {}, "cudagraph_capture_sizes must be a list"),
+    ],
+)
+def test_a_fact_of_the_wrong_kind_is_one_line(
+    tmp_path: Path, engine: dict[str, object], facts: dict[str, object], said: str
+) -> None:
+    folder = write_bundle(tmp_path / "b", overhead_s=0.0)
+    with pytest.raises(WorkloadError, match=said):
+        read_bundle(set_meta(folder, engine, **facts))
+
+
+SAMPLE = {
+    "backend": "vllm", "backend_version": "1", "model_path": "Llama-3.1-8B", "system": "h100_sxm",
+    "precision": "bf16", "mode": "agg", "isl": "100", "osl": "10", "gemm_quant_mode": "bf16",
+    "tp_size": "1", "silicon_data_source": "silicon_concurrency=4", "silicon_ttft_ms": "20",
+    "silicon_tpot_ms": "5",
+}  # fmt: skip
+
+
+def write_sample(path: Path, last: str) -> Path:
+    path.write_text("\n".join([",".join(SAMPLE), ",".join(SAMPLE.values()), last]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("vllm,1", "line 3 must have the field model_path"),
+        (",".join([*SAMPLE.values()][:-1]), "line 3 must have the field silicon_tpot_ms"),
+        (",".join({**SAMPLE, "isl": "x"}.values()), "line 3 must hold numbers"),
+        (",".join({**SAMPLE, "tp_size": "0"}.values()), "line 3 must hold numbers.*below 1"),
+        (",".join({**SAMPLE, "silicon_data_source": ""}.values()), "line 3 .*batch_size"),
+    ],
+)
+def test_a_malformed_line_of_the_sample_is_one_error(tmp_path: Path, last: str, said: str) -> None:
+    with pytest.raises(WorkloadError, match=said):
+        read_points(write_sample(tmp_path / "sample.csv", last))
+
+
+def test_the_sample_must_be_text(tmp_path: Path) -> None:
+    path = write_sample(tmp_path / "sample.csv", "")
+    assert [p.concurrency for p in read_points(path)] == [4]
+    path.write_bytes(path.read_bytes() + b"\xff\xfe")
+    with pytest.raises(WorkloadError, match="must be a readable CSV file"):
+        read_points(path)
 
 
 def set_meta(folder: Path, engine: dict[str, object] | None = None, **facts: object) -> Path:

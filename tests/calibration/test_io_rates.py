@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ pytest.importorskip("torch", reason="the store needs the runtime")
 
 from cachetune.calibration import io_rates
 from cachetune.calibration.io_rates import MODEL, Series
+from cachetune.calibration.redis_rates import redis_reader
 from cachetune.core.errors import StoreError
 from cachetune.core.layout import read_bytes
 from cachetune.runtime.chunk_store import ChunkStore
@@ -37,6 +40,26 @@ def test_the_store_is_read_whole_and_counted(tmp_path: Path) -> None:
     rate = io_rates.by_threads(2, read_one)(time.perf_counter() + 0.05)
     assert rate > 0 and (store.counters.bytes_read - before) % per_read == 0
     store.close()
+
+
+def test_a_server_that_hangs_up_ends_the_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for answer in (b"+OK\r\n", b"$10\r\nhalf"):
+                link, _ = server.accept()
+                with link:
+                    link.recv(1000)
+                    link.sendall(answer)
+                    link.shutdown(socket.SHUT_WR)
+                    while link.recv(1000):
+                        pass
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        read_one = redis_reader(server.getsockname()[1], 1, 10)
+        with pytest.raises(ConnectionError, match="hung up"):
+            read_one(0)
 
 
 def test_every_contender_is_in_every_round(tmp_path: Path) -> None:

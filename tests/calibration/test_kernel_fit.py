@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from cachetune.calibration.kernel_fit import apply, fit_form, fit_kernel, hold_out, residual_of
 from cachetune.calibration.kernel_holdout import HoldOut, together
-from cachetune.calibration.kernel_tables import read_tables, sim_attention
+from cachetune.calibration.kernel_tables import read_tables, sim_attention, vidur_attention
+from cachetune.calibration.table_columns import read_columns
 from cachetune.core.errors import CacheTuneError
 
 ASSET = Path(__file__).parent.parent / "assets" / "kernel_tables" / "tp1" / "attention.csv"
@@ -47,6 +48,52 @@ def test_a_malformed_row_is_one_line_with_file_row_and_field(
         sim_attention(path, "RTX-4090", "test")
     assert str(path) in str(caught.value) and told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+VIDUR = ("prefill_chunk_size,kv_cache_size,batch_size,n_q_head,n_kv_head,n_embd,is_prefill,"
+         "time_stats.attn_prefill.median,time_stats.attn_decode.median")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([], "must hold measured rows"),
+        (["64,0,1,32,8,4096,maybe,1,1"], "is_prefill must be True or False"),
+        (["64,0,1,0,8,4096,True,1,1"], "each number at least 1, got n_q_head=0"),
+    ],
+)
+def test_a_malformed_vidur_table_is_one_line(tmp_path: Path, rows: list[str], told: str) -> None:
+    path = tmp_path / "attention.csv"
+    path.write_text("\n".join([VIDUR, *rows]) + "\n")
+    with pytest.raises(CacheTuneError, match=told) as caught:
+        vidur_attention(path, "A30", "test")
+    assert str(path) in str(caught.value)
+
+
+def test_both_kinds_of_a_vidur_table_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "attention.csv"
+    path.write_text("\n".join([VIDUR, "64,0,1,32,8,4096,True,2,0", "0,9,4,32,8,4096,False,0,3"]))
+    prefix, decode = vidur_attention(path, "A30", "test")
+    assert (prefix.seconds.tolist(), decode.seconds.tolist()) == ([2e-3], [3e-3])
+    assert decode.sizes["context"].tolist() == [10]
+
+
+@pytest.mark.parametrize("name", ["tp", "tpx", "tp0"])
+def test_a_folder_that_names_no_degree_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name / "attention.csv"
+    path.parent.mkdir()
+    path.write_text(ASSET.read_text())
+    with pytest.raises(CacheTuneError, match="tensor-parallel degree"):
+        sim_attention(path, "RTX-4090", "test")
+
+
+def test_a_missing_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Missing optional dependency 'pyarrow'.")
+
+    monkeypatch.setattr("pandas.read_parquet", missing)
+    with pytest.raises(CacheTuneError, match=r"pip install 'cachetune\[tables\]'"):
+        read_columns(tmp_path / "gemm_perf.parquet", ["m"])
 
 
 def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:

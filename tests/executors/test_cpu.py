@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import threading
 import time
@@ -124,6 +125,55 @@ def test_close_ends_the_workers_and_restores_the_interpreter() -> None:
         assert sys.getswitchinterval() < interval
     assert not workers()
     assert sys.getswitchinterval() == interval
+
+
+def test_a_worker_that_cannot_be_bound_works_unbound(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("cachetune.runtime.executor.bind", refuse)
+    with stub_executor(StubHandlers()) as executor:
+        executor.submit([make_op(0)])
+        spans = executor.wait(executor.now_ns() + 20_000_000_000)
+    assert len(spans) == 1 and "whatever core is free" in caplog.text
+
+
+def test_a_worker_that_fails_before_its_first_op_is_heard_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cachetune.runtime.executor.bind", lambda *_: 1 / 0)
+    with stub_executor(StubHandlers()) as executor:
+        executor.submit([make_op(0)])
+        with pytest.raises(ZeroDivisionError):
+            executor.wait(executor.now_ns() + 20_000_000_000)
+
+
+def test_every_session_is_let_go_once() -> None:
+    """When another attempt takes its place, when its request ends, when the executor is closed."""
+    gone: list[tuple[int, int]] = []
+
+    class Ends(StubHandlers):
+        def decode(self, sessions: Sequence[Any], op: Op) -> Outcome:
+            super().decode(sessions, op)
+            return Outcome(ended=op.request_ids)
+
+    executor = CpuExecutor(
+        cast(Handlers, Ends()),
+        lambda r, attempt: cast(Session, StubSession(r, attempt)),
+        let_go=lambda s: gone.append((s.request_id, s.attempt)),
+    )
+    ops = [make_op(i, request_ids=(i,)) for i in range(3)]
+    with executor:
+        executor.submit(ops)
+        drain(executor)
+        executor.submit([make_op(3, request_ids=(1,), attempt=1)])
+        executor.submit([make_op(4, "decode", request_ids=(0,))])
+        drain(executor)
+        assert gone == [(1, 0), (0, 0)]
+    executor.close()
+    assert gone[:2] == [(1, 0), (0, 0)] and sorted(gone[2:]) == [(1, 1), (2, 0)]
 
 
 def test_close_drops_what_is_queued() -> None:

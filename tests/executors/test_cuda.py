@@ -70,6 +70,22 @@ def stub_executor(fail: dict[int, BaseException] | None = None) -> CudaExecutor:
     )
 
 
+def test_a_worker_that_cannot_begin_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own thread for ends, say, which the system does not give."""
+    usual = CudaExecutor._start
+
+    def start(self: CudaExecutor, work: Any, args: tuple[Any, ...], name: str) -> None:
+        if name.endswith(".ends"):
+            raise RuntimeError("can't start new thread")
+        usual(self, work, args, name)
+
+    monkeypatch.setattr(CudaExecutor, "_start", start)
+    with stub_executor() as executor:
+        executor.submit([make_op(0)])
+        with pytest.raises(RuntimeError, match="new thread"):
+            executor.wait(executor.now_ns() + 20_000_000_000)
+
+
 GPU = pytest.param(
     "cuda",
     marks=[

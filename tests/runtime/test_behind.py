@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from cachetune.core.plan import ReusePlan
 from cachetune.core.units import MIB
 from cachetune.runtime.hot_path import hot_path
 from cachetune.runtime.llm import LLM, Prompt
+from cachetune.runtime.prefetch import LiveIndex, Prefetcher
 from cachetune.runtime.runner import Runner
 from cachetune.runtime.tiers import TierConfig
 from cachetune.runtime.write_back import WriteBack
+from support import make_entry, make_workload
 
 from . import model_cases as cases
 from .model_cases import plan_with, prompt_workload, tokens
@@ -116,6 +119,28 @@ def test_chunks_of_a_waiting_request_move_up(
         expected = runner.serve(workload, plan, runner.index(plan)).token_ids
         assert result.token_ids == expected
     assert not [t for t in threading.enumerate() if t.name in ("prefetch", "write-back")]
+
+
+def test_what_prefetching_did_not_expect_does_not_end_its_thread() -> None:
+    """The driver's own error, say: counted, and the next chunk is moved."""
+    workload = make_workload([["a", "b"]])
+    index, tried = LiveIndex(), []
+    for name in "ab":
+        index.add(make_entry(name, tier="file"))
+
+    def place(key: str, tier: str) -> None:
+        tried.append(key)
+        if key == "a":
+            raise RuntimeError("CUDA error: out of memory")
+
+    with Prefetcher(SimpleNamespace(place=place), index, "dram") as prefetcher:  # type: ignore[arg-type]
+        prefetcher.on_wait(workload.requests[0])
+        until = time.monotonic() + 20
+        while prefetcher.counters.moved + prefetcher.counters.failed < 2:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+    found = prefetcher.counters
+    assert tried == ["a", "b"] and (found.asked, found.moved, found.failed) == (2, 1, 1)
 
 
 def test_prefetching_needs_an_index_that_learns_of_moves(loaded: Any, tmp_path: Path) -> None:

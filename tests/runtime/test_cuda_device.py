@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cachetune.core.errors import CapacityError
 from cachetune.runtime import cuda_device
 from cachetune.runtime.cuda_device import COPY_BELOW_ROWS, CudaDevice
 from cachetune.runtime.device import Device
@@ -81,6 +84,49 @@ def test_a_driver_that_pins_none_of_our_pages_pins_its_own(
     driver.refuses = False  # it is not asked again
     device.lasting_pages(8192)
     assert own == [4096, 8192]
+
+
+def test_a_driver_that_pins_no_more_is_an_error_of_the_system(
+    device: CudaDevice, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where mapping memory fails: the store tells it, and the chunk is computed."""
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(
+        OSError, match="4096 bytes cannot be pinned: CUDA error: out of memory"
+    ) as e:
+        device.host_pages(4096)
+    assert e.value.errno == errno.ENOMEM and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_measuring_the_link_took_is_given_back(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    done: list[str] = []
+
+    def measured_crossover() -> int:
+        done.append("measured")
+        if not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return 8192
+
+    stub = SimpleNamespace(measured_crossover=measured_crossover)
+    monkeypatch.setitem(sys.modules, "cachetune.kernels.gather_host", stub)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    cuda_device._crossover.cache_clear()
+    try:
+        if fits:
+            assert [device.copy_from_bytes for _ in range(3)] == [8192] * 3
+        else:
+            with pytest.raises(CapacityError, match=r"takes some of its memory.*2\.00 GiB"):
+                _ = device.copy_from_bytes
+    finally:
+        cuda_device._crossover.cache_clear()
+    assert done == ["measured", "emptied"]
 
 
 @pytest.mark.parametrize(("n", "size"), [(3, 4096), (COPY_BELOW_ROWS, 8192), (40, 4096)])

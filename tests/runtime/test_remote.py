@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from cachetune.core.layout import blob_bytes, chunk_bytes, n_reads, read_bytes
 from cachetune.runtime.chunk_store import ChunkCorrupt, ChunkStore, TierConfig
 from cachetune.runtime.remote import RemoteUrl, open_remote
 from cachetune.runtime.remote_redis import RedisMedium
+from cachetune.runtime.resp import RespConnection
 
 from . import store_cases as cases
 from .redis_server import RedisServer, call, open_store
@@ -165,10 +167,51 @@ def test_a_large_read_is_pipelined(server: RedisServer, tmp_path: Path) -> None:
     medium.close()
 
 
-@pytest.mark.parametrize("bad", ["ftp://x", "redis://x?colour=red", "redis://x?timeout_s=0", "x"])
+TIMES = ("0", "-1", "nan", "inf", "1e300", "3601")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "ftp://x", "x", "redis://x?colour=red", *(f"redis://x?timeout_s={t}" for t in TIMES),
+        "redis://:secret@x:abc", "redis://:secret@x:65536", "rediss://[::1", "redis://a..b",
+    ],
+)  # fmt: skip
 def test_a_url_that_makes_no_sense(bad: str) -> None:
-    with pytest.raises(StoreError, match="needs a URL"):
+    with pytest.raises(StoreError, match="needs a URL") as e:
         RemoteUrl.of(bad)
+    assert "secret" not in str(e.value)
+
+
+def test_urls_that_can_be_asked() -> None:
+    for good in ("redis://[::1]:7/0", "redis://h", "unix:///a/b", "s3://bucket/x", "memory:///"):
+        assert RemoteUrl.of(good + "?timeout_s=3600").timeout_s == 3600
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\r\n", b"$x\r\n"])
+def test_what_is_no_redis_server(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for _ in range(2):
+                link, _ = server.accept()
+                with link:
+                    link.recv(1000)
+                    link.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"redis://127.0.0.1:{server.getsockname()[1]}"
+        for ask in (
+            lambda link: link.reply(),
+            lambda link: link.reply_into(memoryview(bytearray(10))),
+        ):
+            link = RespConnection(url, 5)
+            link.send([("PING",)])
+            with pytest.raises(ConnectionError, match="no Redis server"):
+                ask(link)
+            link.close()
+        thread.join()
 
 
 def test_a_password_is_never_printed() -> None:

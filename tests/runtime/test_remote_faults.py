@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from cachetune.core.errors import StoreError
 from cachetune.core.layout import chunk_bytes
 from cachetune.runtime.chunk_store import ChunkCorrupt, ChunkStore, TierConfig
 from cachetune.runtime.remote_redis import REST_S, RedisMedium
+from cachetune.runtime.resp import RespConnection
 from cachetune.runtime.runner import Runner
+from cachetune.runtime.store_lock import NOBODY
 
 from . import model_cases
 from . import store_cases as cases
@@ -86,6 +90,121 @@ def test_what_a_killed_writer_left_is_removed(server: RedisServer, tmp_path: Pat
     assert len(call(server, "KEYS", "*")) == 4 and len(store.index("rank")) == 1
     assert store.tiers["remote"].used_bytes == store.entry(keep).n_bytes
     store.close()
+
+
+@pytest.fixture
+def breaks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """While it holds something, connections break as a chunk's second layer is written."""
+    real = RespConnection.call
+    on: list[bool] = []
+
+    def call(self: RespConnection, *words: Any) -> Any:
+        if on and words[0] == "SET" and words[1].endswith(":1"):
+            raise ConnectionError("broken pipe")
+        return real(self, *words)
+
+    monkeypatch.setattr(RespConnection, "call", call)
+    return on
+
+
+def a_half(store: ChunkStore, breaks: list[bool], how: str) -> None:
+    """Leave a half-written chunk "a" on the server."""
+    chunk = cases.make_chunk(store.model, N)
+    if how == "place":
+        work = partial(store.place, cases.put(store, "a", chunk), "remote")
+    else:
+        work = partial(cases.put, store, "a", chunk, "remote")
+    breaks.append(True)
+    with pytest.raises(StoreError, match="broken pipe"):
+        work()
+    breaks.clear()
+    assert store.tiers["remote"].used_bytes == 0 and not store._catalog.claimed
+    assert [(c.owner, c.tier, c.n_bytes) for c in store._index.claims()] == [(NOBODY, "remote", 0)]
+
+
+@pytest.mark.parametrize("then", ["another is put", "it is put", "opened again"])
+@pytest.mark.parametrize("how", ["put", "place"])
+def test_what_a_broken_connection_left_is_removed(
+    server: RedisServer, tmp_path: Path, breaks: list[bool], how: str, then: str
+) -> None:
+    store = open_store(tmp_path, server.url)
+    a_half(store, breaks, how)
+    assert len(call(server, "KEYS", "*")) == 1
+    time.sleep(REST_S)
+    whole = 0
+    if then == "opened again":
+        store.close()
+        store = open_store(tmp_path, server.url)
+    elif then == "it is put" and how == "place":
+        (kept,) = store._catalog.kept
+        store.place(kept, "remote")
+        whole = 1
+    else:
+        content_id = "a" if then == "it is put" else "b"
+        cases.put(store, content_id, cases.make_chunk(store.model, N), "remote")
+        whole = 1
+    assert len(call(server, "KEYS", "*")) == 4 * whole
+    assert store._index.claims() == []
+    assert store.tiers["remote"].used_bytes == whole * chunk_bytes(store.model, N)
+    store.close()
+
+
+def test_a_half_is_remembered_over_a_start_without_the_server(
+    tmp_path: Path, breaks: list[bool]
+) -> None:
+    server = RedisServer(tmp_path)
+    store = open_store(tmp_path, server.url)
+    a_half(store, breaks, "place")
+    store.close()
+    server.freeze()
+    store = open_store(tmp_path, server.url)
+    assert [c.owner for c in store._index.claims()] == [NOBODY]
+    server.thaw()
+    time.sleep(REST_S)
+    cases.put(store, "b", cases.make_chunk(store.model, N), "remote")
+    assert len(call(server, "KEYS", "*")) == 4 and store._index.claims() == []
+    store.close()
+    server.kill()
+
+
+def test_a_half_is_remembered_when_its_file_is_evicted(
+    server: RedisServer, tmp_path: Path, breaks: list[bool]
+) -> None:
+    tiers = (
+        TierConfig("disk", "file", capacity_bytes=chunk_bytes(cases.make_model(), N)),
+        TierConfig("remote", "remote", url=server.url),
+    )
+    store = cases.open_store(tmp_path, tiers=tiers)
+    a_half(store, breaks, "place")
+    chunk = cases.make_chunk(store.model, N)
+    cases.put(store, "b", chunk)
+    assert [c.tier for c in store._index.claims()] == ["remote"] and len(store.index("rank")) == 1
+    time.sleep(REST_S)
+    cases.put(store, "c", chunk, "remote")
+    assert len(call(server, "KEYS", "*")) == 4 and store._index.claims() == []
+    store.close()
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_what_a_dead_process_left_is_removed_by_the_others(
+    server: RedisServer, tmp_path: Path, capacity: int | None
+) -> None:
+    size = chunk_bytes(cases.make_model(), N)
+    more = {} if capacity is None else {"capacity_bytes": capacity * size}
+    one, two = (open_store(tmp_path, server.url, **more) for _ in range(2))
+    remote = one.tiers["remote"].remote
+    assert isinstance(remote, RedisMedium)
+    for layer in (0, 1):
+        call(server, "SET", remote.name("f" * 40, layer), b"half")
+    with one._catalog.changed:
+        one._catalog.promise("f" * 40, "remote", 2 * size)
+    one._owners.close()
+    one._index.close()
+    chunk = cases.make_chunk(two.model, N)
+    assert cases.holds(two, cases.put(two, "a", chunk, "remote"), chunk)
+    assert len(call(server, "KEYS", "*")) == 4 and two._index.claims() == []
+    assert two.tiers["remote"].used_bytes == size
+    two.close()
 
 
 def test_a_full_server_is_one_clear_error(tmp_path: Path) -> None:

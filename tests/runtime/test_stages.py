@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from cachetune.core.engine import schedule_of
-from cachetune.core.errors import PlanError
+from cachetune.core.errors import CapacityError, PlanError
 from cachetune.core.executor import execute, serve
 from cachetune.core.invariants import check
 from cachetune.core.ops import Schedule
 from cachetune.core.plan import ReusePlan
+from cachetune.runtime.device import Device, DeviceError
 from cachetune.runtime.loaded_model import LoadedModel
 from cachetune.runtime.runner import Runner
+from cachetune.runtime.stages import Stages
 from cachetune.simulator.executor import SimExecutor
 from fake_cuda import FakeCuda
 from support import make_profile
@@ -150,6 +152,40 @@ def test_default_plans_lower_as_before(one: Runner) -> None:
         ops = schedule_of(workload, request, one.spec, plan, index)[1]
         assert {op.device for op in ops} == {0} and not any(op.parts for op in ops)
         assert [op.op_id for op in ops] == list(range(len(ops)))
+
+
+def no_room(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_refused_number_of_stages_leaves_the_runner_as_it_was(
+    several: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload, plan = prompt_workload(PROMPTS, 3), plan_with("cachetune", 0.3, pipeline_stages=2)
+    want = executed(several, workload, plan).token_ids
+    stages = several.stages
+    with pytest.raises(PlanError, match="5 stages, 4 layers"):
+        executed(several, workload, plan.replace(pipeline_stages=5))
+    assert several.stages is stages and stages.pool
+    with monkeypatch.context() as patch:
+        patch.setattr("cachetune.runtime.runner.stage_devices", no_devices)
+        with pytest.raises(DeviceError):
+            several.use_stages(3)
+    assert several.stages is stages and stages.pool
+    usual = Stages._pool
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Stages, "_pool", lambda s, n: (usual if len(s.devices) == 2 else no_room)(s, n)
+        )
+        with pytest.raises(CapacityError, match="weights and KV must fit"):
+            several.use_stages(3)
+    assert len(several.stages.devices) == 2
+    assert several.transformer is several.ingestor.transformer is several.stages.encoder
+    assert executed(several, workload, plan).token_ids == want
+
+
+def no_devices(first: Device, n: int) -> list[Device]:
+    raise DeviceError("--device must be there", values=f"{n}")
 
 
 def test_more_stages_than_layers_are_refused(loaded: LoadedModel, tmp_path: Path) -> None:
