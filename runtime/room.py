@@ -106,18 +106,20 @@ class Room:
         catalog = self._catalog
         doomed: Doomed = []
         fallen: Fallen = []
-        try:
-            with catalog.changed, catalog.shared():
-                self._evict_for(tier, n_bytes, doomed, fallen)
-                if tier.remote is not None:
-                    doomed.extend((tier, half, 0) for half in catalog.claim_halves(tier))
-                taken = tier.fits(n_bytes)
-                if taken and n_bytes:
-                    tier.used_bytes += n_bytes
-                    catalog.promise(key, tier.name, n_bytes)
-        except BaseException:  # nothing was changed
-            catalog.claimed.difference_update(gone for _, gone, _ in doomed)
-            raise
+        with catalog.changed:
+            try:
+                with catalog.shared():
+                    self._evict_for(tier, n_bytes, doomed, fallen)
+                    if tier.remote is not None:
+                        doomed.extend((tier, half, 0) for half in catalog.claim_halves(tier))
+                    taken = tier.fits(n_bytes)
+                    if taken and n_bytes:
+                        tier.used_bytes += n_bytes
+                        catalog.promise(key, tier.name, n_bytes)
+            except BaseException:  # nothing was changed
+                catalog.claimed.difference_update(gone for _, gone, _ in doomed)
+                catalog.changed.notify_all()
+                raise
         try:
             self.remove(doomed)
             for victim, copy in fallen:
@@ -181,19 +183,29 @@ class Room:
         if not doomed:
             return
         catalog = self._catalog
+        removed = False
         try:
             for tier, key, _ in doomed:
                 self.remove_bytes(tier, key)
-            with catalog.changed, catalog.shared():
-                for tier, key, n_bytes in doomed:
-                    tier.used_bytes -= n_bytes
-                    if claimed:
-                        catalog.promise(key, "", 0)
-                    else:
-                        catalog.release(key)
+            removed = True
         finally:
-            # A claim that could not be released is ours, and dead: `Catalog.busy` clears it up.
-            with catalog.changed:
-                if not claimed:
-                    catalog.claimed.difference_update(key for _, key, _ in doomed)
-                catalog.changed.notify_all()
+            with catalog.changed:  # held throughout: whoever claims one of them next must keep it
+                try:
+                    if removed:
+                        self._free(doomed, claimed)
+                finally:
+                    # A claim that could not be released is ours, and dead: `busy` clears it up.
+                    if not claimed:
+                        catalog.claimed.difference_update(key for _, key, _ in doomed)
+                    catalog.changed.notify_all()
+
+    def _free(self, doomed: Doomed, claimed: bool) -> None:
+        """Nothing is promised any more for chunks whose bytes are gone. Hold `changed`."""
+        catalog = self._catalog
+        with catalog.shared():
+            for tier, key, n_bytes in doomed:
+                tier.used_bytes -= n_bytes
+                if claimed:
+                    catalog.promise(key, "", 0)
+                else:
+                    catalog.release(key)

@@ -337,29 +337,32 @@ def _generated(traffic: Traffic, n: int, seed: int) -> RequestTable:
     p = parameters(traffic.text)
     gaps: dict[str, Any] = {} if p["cv"] == 1 else {"kind": "gamma", "cv": p["cv"]}
 
-    def spread(name: str) -> Lengths:
-        return Lengths(mean=p[name], cv=p["spread"])
+    def lengths(name: str, cv: float = 0.0) -> Lengths:
+        return made(Lengths, f"traffic {name}", error=WorkloadError, mean=p[name], cv=cv)
+
+    def arrivals(rate_rps: float) -> Arrivals:
+        return made(Arrivals, "traffic", error=WorkloadError, rate_rps=rate_rps, **gaps)
 
     if traffic.text.startswith("chat:"):
         return chat_table(
             max(1, round(n / p["turns"])),
-            Arrivals(rate_rps=1.0 / p["turns"], **gaps),
-            turns=Lengths(mean=p["turns"]),
-            system=Lengths(mean=p["system"]),
+            arrivals(1.0 / p["turns"]),
+            turns=lengths("turns"),
+            system=lengths("system"),
             systems=int(p["systems"]),
-            message=spread("message"),
-            answer=spread("output"),
+            message=lengths("message", p["spread"]),
+            answer=lengths("output", p["spread"]),
             think_s=p["think"],
             seed=seed,
         )
     return rag_table(
         n,
-        Arrivals(rate_rps=1.0, **gaps),
+        arrivals(1.0),
         passages=int(p["passages"]),
         per_request=int(p["chunks"]),
-        passage=Lengths(mean=p["tokens"]),
-        question=spread("question"),
-        output=spread("output"),
+        passage=lengths("tokens"),
+        question=lengths("question", p["spread"]),
+        output=lengths("output", p["spread"]),
         zipf_a=p["zipf"],
         sharing=traffic.shared,
         seed=seed,
