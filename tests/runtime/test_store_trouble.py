@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -276,3 +278,53 @@ def test_a_fall_to_ram_that_fails_is_a_read_from_the_file(
     assert cases.holds(full, key, CHUNK) and full.counters.ram_loads == 1
     assert [full.tiers[t].used_bytes for t in ("dram", "hbm")] == [SIZE, SIZE]
     assert full._index.claims() == [] and not full._catalog.claimed
+
+
+class Slow:
+    """A condition that leaves others time to take its lock whenever it is let go."""
+
+    def __init__(self, condition: threading.Condition) -> None:
+        self._condition = condition
+
+    def __enter__(self) -> None:
+        self._condition.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._condition.__exit__(None, None, None)
+        time.sleep(0.05)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._condition, name)
+
+
+def test_who_claims_an_evicted_chunk_next_keeps_its_claim(
+    full: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is let go under a lock; the next one's claim must not be dropped behind that."""
+    evicted = full.index("rank").lookup("a")[0]
+    assert evicted is not None
+    claims, held = full._catalog, threading.Event()
+    done = threading.Event()
+
+    def claim() -> None:
+        with claims.claim(evicted.key):
+            held.set()
+            done.wait(10)
+
+    other = threading.Thread(target=claim)
+    release = claims.release
+
+    def release_and_be_awaited(key: str) -> None:
+        release(key)
+        other.start()
+        time.sleep(0.02)  # it waits for the lock by now
+
+    with monkeypatch.context() as m:
+        m.setattr(claims, "changed", Slow(claims.changed))
+        m.setattr(claims, "release", release_and_be_awaited)
+        cases.put(full, "c", CHUNK)
+    assert held.wait(10)
+    assert evicted.key in claims.claimed
+    done.set()
+    other.join()
+    assert not claims.claimed and full._index.claims() == []
