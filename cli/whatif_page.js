@@ -107,7 +107,7 @@ function buildCards() {
       + (base.limit ? `, limited by ${base.limit}` : "")]);
     cards.push([number(at.ttft_ms_p99) + " ms", `TTFT p99${asks("ttft_ms")}`]);
     cards.push([number(at.tpot_ms_p99) + " ms", `TPOT p99${asks("tpot_ms")}`]);
-    const classes = Object.entries(at.good_share || {});
+    const classes = Object.entries(at.good_share_by_class || {});
     if (classes.length > 1) {
       const shares = classes.map(([name, share]) => `${name || "no class"} ${number(100 * share)} %`);
       cards.push([number(100 * Math.min(...classes.map(([, share]) => share))) + " %",

@@ -47,7 +47,7 @@ def run(
     journal = out / "journal.jsonl"
     if fresh:
         journal.unlink(missing_ok=True)
-    n_kept = len(Journal(journal).read())
+    n_before = len(Journal(journal).read())
     asked = [] if what_if is None else changes(what_if)
     check_changes(asked, question, chosen, catalogue)
     with progress_bar() as tell:
@@ -67,7 +67,7 @@ def run(
         except Interrupted as e:
             done = [row for row in e.results if row is not None]
             if done:
-                _write(_answer(question, done, None, []), out, n_kept)
+                _write(_answer(question, done, None, []), out, n_before)
             note(f"{len(done)} of {len(chosen)} candidates kept in {out}; run again to go on")
             raise
         winner = best(rows, question.target_rps is not None)
@@ -86,7 +86,7 @@ def run(
                 asked, changed = [a for a, _ in pairs], [r for _, r in pairs]
             found = effects(asked, changed, winner, question.attainment) + found
     answer = _answer(question, rows, winner, found)
-    _write(answer, out, n_kept)
+    _write(answer, out, n_before)
     if stopped is not None:
         raise stopped
     _print(answer, out)
@@ -232,7 +232,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _write(answer: dict[str, Any], out: Path, n_kept: int) -> None:
+def _write(answer: dict[str, Any], out: Path, n_before: int) -> None:
     from ..core.record import write_atomic, write_json
     from ..runtime.machine import provenance_here
     from .whatif_page import page
@@ -247,7 +247,7 @@ def _write(answer: dict[str, Any], out: Path, n_kept: int) -> None:
     write_atomic(out / "whatif.html", page(answer).encode())
     # Apart from the answer, which is the same again; rows that the journal had may be older.
     made_by = provenance_here(answer["question"]["seeds"][0]).model_dump(mode="json")
-    write_json(out / "provenance.json", made_by | {"rows_kept_from_before": n_kept})
+    write_json(out / "provenance.json", made_by | {"journal_rows_before": n_before})
 
 
 def _print(answer: dict[str, Any], out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -159,6 +160,10 @@ class Fleet(Record):
     """By class name of the table; "*" holds for the others."""
     priority: tuple[str, ...] = ()
     """Classes that are admitted first, in this order; within one, first come first served."""
+
+    def with_classes(self, slo: Mapping[str, Slo], priority: Sequence[str]) -> Fleet:
+        """The same with levels of some classes, and classes that are admitted first."""
+        return self.replace(slo={**self.slo, **slo}, priority=tuple(priority))
 
     def slo_of(self, name: str) -> Slo | None:
         """The level of a class, None where nothing is asked."""

@@ -120,7 +120,7 @@ class Loads:
 
     def landing(self, replica: int) -> tuple[float, int]:
         """Share of its GPU memory's bandwidth that what it loads takes, and until when; as of now,
-        whatever begins later."""
+        whatever begins later. By data sheet: `simulator/interference.py` has what was measured."""
         flows = self._host_links[replica].flows if self._gpu_rate is not None else ()
         if not flows:
             return 0.0, 0

@@ -100,9 +100,8 @@ def _by_class(
 ) -> dict[str, Any]:
     codes = result.table.slo_class[judged]
     names = enumerate(result.table.classes)
-    return {
-        "good_share": {n: float(good[codes == c].mean()) for c, n in names if (codes == c).any()}
-    }
+    shares = {n: float(good[codes == c].mean()) for c, n in names if (codes == c).any()}
+    return {"good_share_by_class": shares}
 
 
 def _metrics(result: ServingResult, judged: NDArray[np.bool_]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Question(Record):
     def fleet(self, candidate: Candidate, n_replicas: int = 1) -> Fleet:
         """Equal replicas of a candidate, held to the levels that are asked for."""
         fleet = candidate.fleet(self.model, self.slo, n_replicas)
-        return fleet.replace(slo={**fleet.slo, **self.class_slo}, priority=self.priority)
+        return fleet.with_classes(self.class_slo, self.priority)
 
     def seeds_at(self, rate_rps: float) -> tuple[int, ...]:
         """Those that tell something new at a rate: of a trace, windows until it was all seen."""

@@ -171,7 +171,7 @@ def _note(question: Question, candidate: Candidate, found: Capacity) -> str:
             f"runs hold {100 * shown / whole:.2g} % of the trace; --seeds and --max-requests show "
             "more"
         ]
-    if len(classes := at["good_share"]) > 1:
+    if len(classes := at["good_share_by_class"]) > 1:
         kept = ", ".join(
             f"{100 * share:.4g} % of {name or 'no class'}" for name, share in classes.items()
         )

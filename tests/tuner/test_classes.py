@@ -48,8 +48,8 @@ def test_each_class_is_held_to_its_own_level(question: Question, catalogue: Cata
     first = batch.replace(priority=("chat",))
     one, own, ahead = (plan(task_of(q, candidate)) for q in (question, batch, first))
     assert one["capacity_rps"] < own["capacity_rps"] < 0.9 * ahead["capacity_rps"]
-    assert one["at_capacity"]["good_share"]["batch"] < own["at_capacity"]["good_share"]["batch"]
-    assert set(ahead["at_capacity"]["good_share"]) == {"batch", "chat"}
+    shares = [row["at_capacity"]["good_share_by_class"] for row in (one, own, ahead)]
+    assert shares[0]["batch"] < shares[1]["batch"] and set(shares[2]) == {"batch", "chat"}
     assert "% of batch" in ahead["note"] and "keep their level" in ahead["note"]
 
 
