@@ -7,11 +7,8 @@ engine took the request from its inbox: `arrival_time` is of another clock.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +23,13 @@ from ..core.model_spec import ModelSpec
 from ..core.record import parse_json
 from ..simulator.operator_tables import load_step_profile
 from ..simulator.step_loop import Arrival, EngineLimits
-from ..simulator.step_profile import StepProfile
+from ..simulator.step_profile import Collective, StepProfile
+from .shared_prefixes import BLOCK_TOKENS, block_names
 
 Floats = NDArray[np.float64]
 
-DEFAULT_BLOCK_SIZE = 16
 MAX_CAPTURE = 512
 TIMES = ("queued_ts", "first_token_ts", "last_token_ts")
-DATA = Path(__file__).parent / "bundle_data"
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,8 @@ class Bundle:
     gpu: str
     model: str
     engine: str
+    started_at: str
+    """When it began, as the bundle says: no two runs are alike in it."""
     tp: int
     limits: EngineLimits
     capture_sizes: tuple[int, ...]
@@ -86,9 +84,8 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
     rows = _requests(home / "requests.jsonl")
     assumed: list[str] = []
     wanted = str(meta.get("dataset_hash", ""))
-    names = _contents(wanted, [int(r["input_toks"]) for r in rows])
-    if workloads is not None and (found := _workload(Path(workloads), wanted)) is not None:
-        names = _block_names(found, len(rows))
+    sent = None if workloads is None else Path(workloads)
+    names = block_names(wanted, [int(r["input_toks"]) for r in rows], sent)
     if names is None:
         assumed.append("no two prompts share a prefix")
         names = [()] * len(rows)
@@ -100,12 +97,15 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
     link = _link(root / "config.json")
     tp = int(_number(home, kwargs, "tensor_parallel_size", 1))
     if tp > 1:
-        assumed.append(f"all-reduce over a link of {link[0] / 1e9:g} GB/s, {link[1] * 1e6:g} us")
+        assumed.append(
+            f"all-reduce and gather over a link of {link[0] / 1e9:g} GB/s, {link[1] * 1e6:g} us"
+        )
     return Bundle(
         name="/".join(root.parts[-2:]),
         gpu=root.parts[-2] if len(root.parts) > 1 else "",
         model=str(meta.get("model", kwargs.get("model", ""))),
         engine=f"vllm {meta.get('vllm_version', '?')}",
+        started_at=str(meta.get("started_at", "")),
         tp=tp,
         limits=_limits(root, kwargs, meta, assumed),
         capture_sizes=_capture_sizes(home, kwargs, meta),
@@ -149,12 +149,12 @@ def profile_of(bundle: Bundle, profiles: str | Path) -> StepProfile:
     if not skew_enabled(folder):
         profile.skew = {}
     profile.capture_sizes = bundle.capture_sizes
-    if bundle.tp > 1:  # a ring, after attention and after the MLP
-        share = 2 * (bundle.tp - 1) / bundle.tp
-        profile.all_reduce_fixed_us = 2 * bundle.link_latency_s * 1e6
-        profile.all_reduce_us_per_token = (
-            2 * share * 2 * spec.hidden_size / bundle.link_bytes_per_s * 1e6
-        )
+    if bundle.tp > 1:
+        # On a ring an all-reduce sends each GPU's part twice around, a gather once.
+        bytes_us = 2 * (bundle.tp - 1) / bundle.tp / bundle.link_bytes_per_s * 1e6
+        latency_us = bundle.link_latency_s * 1e6
+        profile.all_reduce = Collective(latency_us, 2 * bytes_us * spec.hidden_size)
+        profile.gather = Collective(latency_us, bytes_us * spec.vocab_size)
     return profile
 
 
@@ -214,7 +214,7 @@ def _limits(
         max_num_seqs=kwargs["max_num_seqs"],
         max_num_batched_tokens=kwargs["max_num_batched_tokens"],
         n_blocks=None if blocks is None else blocks - 1,  # one block is vLLM's null block
-        block_size=int(_number(root, cache_facts, "block_size", DEFAULT_BLOCK_SIZE)),
+        block_size=int(_number(root, cache_facts, "block_size", BLOCK_TOKENS)),
         prefix_caching=bool(cache_facts.get("enable_prefix_caching", True)),
         async_scheduling=bool(scheduler.get("async_scheduling", True)),
     )
@@ -271,61 +271,6 @@ def _requests(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise WorkloadError(f"{path} must hold requests", values="none", remedy="run the bench")
     return rows
-
-
-def _contents(dataset_hash: str, n_prompt: list[int]) -> list[tuple[int, ...]] | None:
-    """Names of the whole blocks of each prompt; None if the data set is not known."""
-    shared = _shared().get(dataset_hash)
-    if shared is None:
-        return None
-    earlier = {r: (source, n) for r, source, n in shared}
-    names: list[tuple[int, ...]] = []
-    fresh = 0
-    for i, tokens in enumerate(n_prompt):
-        source, n = earlier.get(i, (0, 0))
-        kept = names[source][:n] if n else ()
-        own = tokens // DEFAULT_BLOCK_SIZE - len(kept)
-        names.append((*kept, *range(fresh, fresh + own)))
-        fresh += own
-    return names
-
-
-def _workload(folder: Path, sha256: str) -> Path | None:
-    for path in sorted(folder.glob("*.jsonl")):
-        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-            return path
-    return None
-
-
-def _block_names(path: Path, n_requests: int) -> list[tuple[int, ...]]:
-    """Names of the whole blocks of each prompt in `path`: equal prefixes get equal names."""
-    known: dict[tuple[int, tuple[int, ...]], int] = {}
-    names: list[tuple[int, ...]] = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        try:
-            tokens = tuple(parse_json(line)["input_tok_ids"])
-        except (ValueError, KeyError, TypeError):
-            raise WorkloadError(
-                f"{path} line {number} must hold input_tok_ids",
-                remedy="give the file as it was sent",
-            ) from None
-        chain: list[int] = []
-        for i in range(0, len(tokens) - DEFAULT_BLOCK_SIZE + 1, DEFAULT_BLOCK_SIZE):
-            key = (chain[-1] if chain else -1, tokens[i : i + DEFAULT_BLOCK_SIZE])
-            chain.append(known.setdefault(key, len(known)))
-        names.append(tuple(chain))
-    if len(names) < n_requests:
-        raise WorkloadError(
-            f"{path} must hold every request of the bundle",
-            values=f"{len(names)} of {n_requests}",
-            remedy="give the whole file",
-        )
-    return names[:n_requests]
-
-
-@cache
-def _shared() -> dict[str, list[list[int]]]:
-    return dict(json.loads((DATA / "shared_prefixes.json").read_text(encoding="utf-8")))
 
 
 def _link(path: Path) -> tuple[float, float]:

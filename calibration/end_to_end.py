@@ -1,8 +1,8 @@
 """End-to-end validation: real vLLM runs against the step loop on measured operator tables.
 
 One scalar, the host overhead per step, is fitted per engine version, and each bundle is predicted
-with the scalar fitted on the *other* bundles (leave one out). Errors are signed:
-predicted / measured - 1. A bundle that cannot be predicted is named with the reason.
+with the scalar fitted on *other* bundles (leave one out; `host_overhead.py` says on which). Errors
+are signed: predicted / measured - 1. A bundle that cannot be predicted is named with the reason.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..core.errors import ModelError, ProfileError, WorkloadError
 from ..simulator.step_loop import StepLoop
 from ..simulator.step_profile import StepProfile
 from .bundles import Bundle, profile_of, read_bundle
+from .host_overhead import HostOverhead, evidence_for, kept, overhead_s
 
 Floats = NDArray[np.float64]
 
@@ -121,7 +122,7 @@ def compare(real: Run, simulated: Run) -> list[dict[str, Any]]:
 def validate(
     folders: Sequence[str | Path], profiles: str | Path, workloads: str | Path | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Rows for every bundle, each predicted with the overhead fitted on the others of its engine.
+    """Rows for every bundle, each predicted with the overhead fitted on others of its engine.
 
     Returns:
         The rows, and the bundles that are not predicted with the reason: several engines, a model
@@ -131,24 +132,24 @@ def validate(
         WorkloadError: a malformed bundle, or none that can be predicted.
     """
     known, left_out = _known(folders, profiles, workloads)
-    engines = [bundle.engine for bundle, _ in known]
-    own = [fit_overhead_s(b, p) if engines.count(b.engine) > 1 else 0.0 for b, p in known]
+    own = [HostOverhead.of(b, fit_overhead_s(b, p)) for b, p in known]
+    before = [k for k in kept() if not any(k.is_of(b) for b, _ in known)]
     rows: list[dict[str, Any]] = []
     for i, (bundle, profile) in enumerate(known):
-        others = [j for j, engine in enumerate(engines) if j != i and engine == bundle.engine]
-        if not others:
+        evidence = evidence_for(bundle, own + before)
+        if not evidence:
             why = f"no other bundle of {bundle.engine} to fit the overhead on"
             left_out.append({"bundle": bundle.name, "why": why})
             continue
-        overhead_s = max(float(np.mean([own[j] for j in others])), 0.0)
+        seconds = overhead_s(evidence)
         profile.beyond_grid.clear()
-        found = compare(measured(bundle), predicted(bundle, profile, overhead_s))
+        found = compare(measured(bundle), predicted(bundle, profile, seconds))
         facts = {
             "bundle": bundle.name,
             "engine": bundle.engine,
-            "overhead_ms": overhead_s * 1e3,
-            "fitted_on": ", ".join(known[j][0].name for j in others),
-            "own_overhead_ms": own[i] * 1e3,
+            "overhead_ms": seconds * 1e3,
+            "fitted_on": ", ".join(e.bundle for e in evidence),
+            "own_overhead_ms": own[i].overhead_ms,
             "assumed": list(bundle.assumed),
             "beyond_grid": dict(profile.beyond_grid),
         }

@@ -1,4 +1,4 @@
-"""Seconds of an all-reduce inside a node, from measured tables of message size."""
+"""Seconds of collectives inside a node, from measured all-reduces by message size."""
 
 from __future__ import annotations
 
@@ -43,6 +43,14 @@ def allreduce_s(sheet: GpuSheet, n_gpus: int, n_bytes: float) -> float:
         log = np.interp(np.log(n_bytes), np.log(curve.n_bytes), np.log(curve.seconds))
         seconds = float(np.exp(log))
     return latency + max(0.0, seconds - latency) * scale
+
+
+def gather_s(sheet: GpuSheet, n_gpus: int, n_bytes: float) -> float:
+    """A bf16 tensor of `n_bytes` gathered from the parts that `n_gpus` hold; 0 for one GPU.
+
+    Half an all-reduce, which sends every part around twice.
+    """
+    return allreduce_s(sheet, n_gpus, n_bytes) / 2
 
 
 @cache

@@ -1,8 +1,9 @@
 """`ModelCost`: time of a transformer's prefill pieces and decode steps, composed from kernels.
 
 For a machine and a model that nobody profiled together: every layer is its matrices, attention,
-the norms, rotation and activation between them and, with tensor parallelism, two all-reduces. Host
-overhead of an engine is not in it: add one scalar per step.
+the norms, rotation and activation between them and, with tensor parallelism, two all-reduces; there
+the embedding adds one, and logits are gathered. Host overhead of an engine is not in it: add one
+scalar per step.
 
     cost = ModelCost(model, KernelCost.load("H100-SXM"))
     cost.prefill_s(512, 8192)
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 from ..core.errors import ModelError
 from ..core.model_spec import DTYPE_BYTES, ModelSpec
-from .allreduce import allreduce_s
+from .allreduce import allreduce_s, gather_s
 from .kernel_cost import KernelCost
 
 ACTIVATION_BYTES = 2
@@ -131,11 +132,14 @@ class ModelCost:
         return seconds
 
     def logits_s(self, n_rows: int) -> float:
-        """The head for `n_rows` rows, its vocabulary split over the GPUs."""
+        """The head for `n_rows` rows, its vocabulary split over the GPUs and gathered from them."""
         if not n_rows:
             return 0.0
-        vocab = -(-self.model.vocab_size // self.tp)
-        return self.kernels.gemm_s(n_rows, vocab, self.model.hidden_size)
+        m = self.model
+        vocab = -(-m.vocab_size // self.tp)
+        n_bytes = ACTIVATION_BYTES * n_rows * m.vocab_size
+        gathered_s = gather_s(self.kernels.sheet, self.tp, n_bytes)
+        return self.kernels.gemm_s(n_rows, vocab, m.hidden_size) + gathered_s
 
     def _rows_s(self, n_rows: int) -> float:
         """What depends on the number of rows only: matrices, norms, all-reduces of all layers."""
@@ -156,8 +160,8 @@ class ModelCost:
             3 * inter,  # gate and up in, product out
         )
         elementwise_s = sum(self.kernels.elementwise_s(n * row_bytes) for n in moved)
-        reduce_s = 2 * allreduce_s(self.kernels.sheet, self.tp, m.hidden_size * row_bytes)
-        return m.n_layers * (matrices_s + elementwise_s + reduce_s)
+        reduce_s = allreduce_s(self.kernels.sheet, self.tp, m.hidden_size * row_bytes)
+        return m.n_layers * (matrices_s + elementwise_s) + (2 * m.n_layers + 1) * reduce_s
 
     def _attention_line(self, batch: int, context_tokens_total: float) -> float:
         """Attention of all layers in a decode step, on the decode line."""

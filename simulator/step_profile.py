@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,21 @@ class Curve:
         return self.at(-(-rows // TILE_ROWS) * TILE_ROWS)
 
 
+class Collective(NamedTuple):
+    """Microseconds of one exchange between the GPUs of a group, by the rows of its tensor."""
+
+    fixed_us: float = 0.0
+    us_per_row: float = 0.0
+
+    def at(self, n_rows: int) -> float:
+        """Microseconds for `n_rows` rows."""
+        return self.fixed_us + self.us_per_row * n_rows
+
+
+ALONE = Collective()
+"""One GPU has nobody to exchange with."""
+
+
 @dataclass
 class StepProfile:
     """`StepCost` of one model on one GPU (or one rank of a tensor-parallel group).
@@ -64,7 +80,9 @@ class StepProfile:
             each axis is "none of it".
         capture_sizes: token counts a step is padded to, as CUDA graphs need it; a step with more
             tokens than the last is not padded. Empty: no padding.
-        all_reduce_us: microseconds of the all-reduces of one layer by tokens, 0 on one GPU.
+        all_reduce: of one row per token, between GPUs that share every layer: behind the embedding,
+            in each layer behind attention and behind the MLP.
+        gather: of the logits, one row per sequence, each GPU holding its part of the vocabulary.
         overhead_s: seconds per step that no table holds, fitted.
         skew: by prefill chunk (0: none), over the number of decodes: how far the longest context
             draws the time from that of the mean, times the decodes. The kernel ends when its
@@ -78,8 +96,8 @@ class StepProfile:
     grid: tuple[tuple[int, ...], ...]
     us: Floats
     capture_sizes: tuple[int, ...] = ()
-    all_reduce_fixed_us: float = 0.0
-    all_reduce_us_per_token: float = 0.0
+    all_reduce: Collective = ALONE
+    gather: Collective = ALONE
     overhead_s: float = 0.0
     skew: dict[int, Curve] = field(default_factory=dict)
     beyond_grid: dict[str, int] = field(default_factory=dict)
@@ -101,14 +119,13 @@ class StepProfile:
         if tokens == 0:
             return 0.0
         padded = self._padded(tokens)
-        reduce_us = self.all_reduce_fixed_us + self.all_reduce_us_per_token * padded
-        layer_us = (
-            self.dense_us.at_tile(padded)
-            + reduce_us
-            + self.attention_us(pieces, n_decode, kv_decode_tokens, kv_decode_max)
+        n_logits = len(pieces) + n_decode
+        layer_us = self.dense_us.at_tile(padded) + self.attention_us(
+            pieces, n_decode, kv_decode_tokens, kv_decode_max
         )
-        rest_us = self.once_us.at(padded) + self.head_us.at(len(pieces) + n_decode)
-        return (self.n_layers * layer_us + rest_us) * 1e-6 + self.overhead_s
+        rest_us = self.once_us.at(padded) + self.head_us.at(n_logits) + self.gather.at(n_logits)
+        reduce_us = (2 * self.n_layers + 1) * self.all_reduce.at(padded)
+        return (self.n_layers * layer_us + reduce_us + rest_us) * 1e-6 + self.overhead_s
 
     @property
     def has_skew(self) -> bool:

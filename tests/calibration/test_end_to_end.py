@@ -19,10 +19,11 @@ from cachetune.calibration.end_to_end import (
     predicted,
     validate,
 )
+from cachetune.calibration.host_overhead import HostOverhead, evidence_for, kept, overhead_s
 from cachetune.calibration.silicon import Point, fit_length, predict, read_points
 from cachetune.calibration.silicon import fit_overhead_s as fit_step_s
 from cachetune.core.errors import ModelError, ProfileError, WorkloadError
-from cachetune.simulator.step_profile import Curve, StepProfile
+from cachetune.simulator.step_profile import Collective, Curve, StepProfile
 
 
 def small_profile(overhead_s: float = 0.0) -> StepProfile:
@@ -224,6 +225,28 @@ def test_bundles_that_cannot_be_predicted_are_named(
     assert overhead_ms["g/slow"] == 0.0
     with pytest.raises(WorkloadError, match="no profile"):
         validate([other], tmp_path)
+
+
+def test_a_run_is_predicted_by_others_of_its_host_and_never_by_itself(tmp_path: Path) -> None:
+    run = read_bundle(set_meta(write_bundle(tmp_path / "g" / "m", 0.0), started_at="then"))
+    own = HostOverhead.of(run, 0.001)
+    near, far = own._replace(started_at="later"), own._replace(started_at="later", gpu="h")
+    moved = own._replace(bundle="elsewhere/m")
+    assert evidence_for(run, [own, moved]) == []
+    assert evidence_for(run, [own, far, near]) == [near]
+    assert evidence_for(run, [own, far]) == [far]
+    assert evidence_for(run, [near._replace(engine="vllm 0")]) == []
+    assert overhead_s([near, far._replace(overhead_ms=0.2)]) == pytest.approx(0.0006)
+    assert overhead_s([near._replace(overhead_ms=-1.0)]) == 0.0
+    assert {k.gpu for k in kept()} == {"RTX4090", "RTXPRO6000"}
+
+
+def test_a_group_of_gpus_reduces_every_layer_and_gathers_the_logits() -> None:
+    alone = small_profile()
+    group = replace(alone, all_reduce=Collective(5.0, 0.5), gather=Collective(7.0, 2.0))
+    step = ([(40, 0), (20, 16)], 10, 500)
+    more_us = (2 * alone.n_layers + 1) * (5.0 + 0.5 * 70) + 7.0 + 2.0 * 12
+    assert group.step_s(*step) - alone.step_s(*step) == pytest.approx(more_us * 1e-6)
 
 
 def test_closed_loop_grows_with_load() -> None:

@@ -160,8 +160,10 @@ def test_bounds_hold_and_so_does_nearly_every_order(studies: dict[str, Study]) -
         assert row["met"]
     count, wrong = ordered_pairs(p for s in studies.values() for p in s.points if p.stated)
     assert count > 750
-    # The one that is left was published out of line: 2.06, 2.15, 2.00, 2.00 over the length.
-    assert len(wrong) <= 1
+    # One line was published out of line over the length: 2.06, 2.15, 2.00, 2.00.
+    assert {d.line for d in wrong} <= {"length: A100 LongAlpaca-13B 1.0 32.0 16 over_loading"}
+    assert len(wrong) <= 2
+    assert all(" 4K " in f"{d.first.name} {d.second.name}" for d in wrong)
     assert all(d.published_gap < 0.05 for d in wrong)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cachetune.core.errors import CacheTuneError, ProfileError
 from cachetune.core.model_spec import ModelSpec
-from cachetune.simulator.allreduce import allreduce_s
+from cachetune.simulator.allreduce import allreduce_s, gather_s
 from cachetune.simulator.gpu_sheet import FOLDER, gpu_sheet, gpu_sheets
 from cachetune.simulator.kernel_cost import KernelCost
 from cachetune.simulator.model_cost import ModelCost
@@ -96,3 +96,12 @@ def test_an_unknown_gpu_names_the_nearest() -> None:
         KernelCost.load("H100-SMX")
     with pytest.raises(CacheTuneError, match="above zero"):
         KernelCost.load("H100-SXM").gemm_s(0, 1, 1)
+
+
+def test_the_logits_of_a_group_are_gathered() -> None:
+    sheet = gpu_sheet("L40S")
+    assert gather_s(sheet, 1, 1 << 20) == 0.0
+    assert gather_s(sheet, 2, 1 << 24) == allreduce_s(sheet, 2, 1 << 24) / 2
+    pair = ModelCost(LLAMA, KernelCost.load("L40S"), tp=2)
+    half = pair.kernels.gemm_s(64, LLAMA.vocab_size // 2, LLAMA.hidden_size)
+    assert pair.logits_s(64) == half + gather_s(sheet, 2, 2 * 64 * LLAMA.vocab_size)
