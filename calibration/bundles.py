@@ -8,6 +8,7 @@ engine took the request from its inbox: `arrival_time` is of another clock.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.catalogue import key_of, load_catalogue
-from ..core.errors import ModelError, ProfileError, WorkloadError
+from ..core.errors import ModelError, WorkloadError
 from ..core.memory_sum import EngineMemory, memory_sum
 from ..core.model_presets import PRESETS, model_preset
 from ..core.model_spec import ModelSpec
 from ..core.record import parse_json
-from ..simulator.operator_tables import load_step_profile
-from ..simulator.step_loop import Arrival, EngineLimits
-from ..simulator.step_profile import Collective, StepProfile
+from ..simulator.step_scheduler import Arrival, EngineLimits
 from .shared_prefixes import BLOCK_TOKENS, block_names
 
 Floats = NDArray[np.float64]
@@ -43,6 +42,8 @@ class Bundle:
     started_at: str
     """When it began, as the bundle says: no two runs are alike in it."""
     tp: int
+    n_engines: int
+    """In lockstep, one GPU each, with the experts spread over them; else 1."""
     limits: EngineLimits
     capture_sizes: tuple[int, ...]
     """Token counts that small steps are padded to; empty: none."""
@@ -68,18 +69,21 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
 
     Raises:
         WorkloadError: a file is missing or malformed (which line and field).
-        ModelError: the run used several engines, which one queue cannot stand for.
+        ModelError: several engines that do not share experts.
     """
     folder = Path(folder)
     home = folder / "vllm" if (folder / "vllm").is_dir() else folder
     root = home.parent if home.name == "vllm" else home
     meta = _object(home / "meta.json")
     kwargs = _section(home, meta, "engine_kwargs")
-    if _number(home, kwargs, "data_parallel_size", 1) > 1:
+    n_engines = int(_number(home, kwargs, "data_parallel_size", 1))
+    tp = int(_number(home, kwargs, "tensor_parallel_size", 1))
+    if n_engines > 1 and (tp > 1 or not kwargs.get("enable_expert_parallel")):
         raise ModelError(
-            "a bundle must be of one engine",
-            values=f"{home}: data_parallel_size={kwargs['data_parallel_size']}",
-            remedy="choose a bundle without data parallelism",
+            "a bundle of several engines must be of one GPU each, and share experts",
+            values=f"{home}: data_parallel_size={n_engines}, tensor_parallel_size={tp}, "
+            f"enable_expert_parallel={kwargs.get('enable_expert_parallel')}",
+            remedy="choose a bundle without data parallelism, or with expert parallelism",
         )
     rows = _requests(home / "requests.jsonl")
     assumed: list[str] = []
@@ -95,11 +99,11 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
     arrival = column["arrival_time"] + offset
     start = float(arrival.min())
     link = _link(root / "config.json")
-    tp = int(_number(home, kwargs, "tensor_parallel_size", 1))
-    if tp > 1:
-        assumed.append(
-            f"all-reduce and gather over a link of {link[0] / 1e9:g} GB/s, {link[1] * 1e6:g} us"
-        )
+    if tp * n_engines > 1:
+        what = "all-reduce and gather" if tp > 1 else "all-gather and reduce-scatter"
+        assumed.append(f"{what} over a link of {link[0] / 1e9:g} GB/s, {link[1] * 1e6:g} us")
+    if n_engines > 1:
+        assumed.append("rows go to all experts alike often")
     return Bundle(
         name="/".join(root.parts[-2:]),
         gpu=root.parts[-2] if len(root.parts) > 1 else "",
@@ -107,6 +111,7 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
         engine=f"vllm {meta.get('vllm_version', '?')}",
         started_at=str(meta.get("started_at", "")),
         tp=tp,
+        n_engines=n_engines,
         limits=_limits(root, kwargs, meta, assumed),
         capture_sizes=_capture_sizes(home, kwargs, meta),
         arrivals=tuple(
@@ -122,42 +127,6 @@ def read_bundle(folder: str | Path, workloads: str | Path | None = None) -> Bund
     )
 
 
-def profile_of(bundle: Bundle, profiles: str | Path) -> StepProfile:
-    """The step profile of a bundle's GPU, model and tensor-parallel degree.
-
-    `profiles` is the tree `<gpu>/<model>/<variant>/tpN`, or one `tpN` folder itself.
-
-    Raises:
-        ModelError: a model whose number of layers is not known.
-        ProfileError: no such folder, or a table in it that cannot be used.
-    """
-    spec = model_of(bundle.model)
-    root = Path(profiles)
-    if (root / "attention.csv").exists():
-        folder = root
-    else:
-        wanted = root / bundle.gpu / bundle.model
-        found = sorted(wanted.glob(f"*/tp{bundle.tp}/attention.csv"))
-        if not found:
-            raise ProfileError(
-                "the profiles must hold the bundle's GPU, model and tensor-parallel degree",
-                values=f"no {wanted}/*/tp{bundle.tp}",
-                remedy="give the folder that holds the GPUs' folders, or the tpN folder",
-            )
-        folder = next((f.parent for f in found if f.parts[-3] == "bf16"), found[0].parent)
-    profile = load_step_profile(folder, spec.n_layers)
-    if not skew_enabled(folder):
-        profile.skew = {}
-    profile.capture_sizes = bundle.capture_sizes
-    if bundle.tp > 1:
-        # On a ring an all-reduce sends each GPU's part twice around, a gather once.
-        bytes_us = 2 * (bundle.tp - 1) / bundle.tp / bundle.link_bytes_per_s * 1e6
-        latency_us = bundle.link_latency_s * 1e6
-        profile.all_reduce = Collective(latency_us, 2 * bytes_us * spec.hidden_size)
-        profile.gather = Collective(latency_us, bytes_us * spec.vocab_size)
-    return profile
-
-
 def capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
     """Token counts vLLM captures CUDA graphs for, and pads small steps to, by default."""
     top = min(2 * max_num_seqs, MAX_CAPTURE)
@@ -171,9 +140,14 @@ def model_of(name: str) -> ModelSpec:
     Raises:
         ModelError: none of the known models begins its name.
     """
+    return model_preset(known_as(name, PRESETS) or name)
+
+
+def known_as(name: str, models: Iterable[str]) -> str | None:
+    """Which of `models` the name of a Hugging Face model begins with."""
     last = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
-    known = [p for p in PRESETS if re.match(rf"{re.escape(p.lower())}(?![0-9a-z.])", last)]
-    return model_preset(known[0] if known else name)
+    found = (m for m in models if re.match(rf"{re.escape(m.lower())}(?![0-9a-z.])", last))
+    return next(found, None)
 
 
 def _capture_sizes(home: Path, kwargs: dict[str, Any], meta: dict[str, Any]) -> tuple[int, ...]:
@@ -330,12 +304,3 @@ def _text(path: Path) -> str:
             values=f"byte {e.start}: {e.reason}",
             remedy="copy it again",
         ) from None
-
-
-def skew_enabled(folder: Path) -> bool:
-    """Whether the profile's `meta.yaml` lets its sweep of mixed contexts be used; default True."""
-    meta = folder.parent / "meta.yaml"
-    if not meta.exists():
-        return True
-    said = re.search(r"^skew_fit:\s*\n\s+enabled:\s*(\w+)", _text(meta), re.MULTILINE)
-    return said is None or said.group(1).lower() != "false"

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ..core.errors import ModelError, ProfileError, WorkloadError
 from ..simulator.step_loop import StepLoop
 from ..simulator.step_profile import StepProfile
-from .bundles import Bundle, profile_of, read_bundle
+from .bundle_profile import profile_of
+from .bundles import Bundle, read_bundle
 from .host_overhead import HostOverhead, evidence_for, kept, overhead_s
 
 Floats = NDArray[np.float64]
@@ -55,7 +56,8 @@ def measured(bundle: Bundle) -> Run:
 
 def predicted(bundle: Bundle, profile: StepProfile, overhead_s: float) -> Run:
     """What the step loop does with the same arrivals."""
-    loop = StepLoop(bundle.limits, replace(profile, overhead_s=overhead_s), bundle.arrivals)
+    seconds = replace(profile, overhead_s=overhead_s).steps_s
+    loop = StepLoop(bundle.limits, seconds, bundle.arrivals, bundle.n_engines)
     lives = loop.run()
     return _run(
         bundle,

@@ -1,7 +1,8 @@
 """Host overhead of runs: which others say what one run's engine costs per step beside its kernels.
 
 A run is predicted by others of its engine version, never by itself: by those of its GPU where there
-are any, as the overhead is the host's, else by all. Runs that were fitted before are kept.
+are any, as the overhead is the host's, and of as many engines, as a group agrees on every step.
+Runs that were fitted before are kept.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ class HostOverhead(NamedTuple):
     gpu: str
     bundle: str
     started_at: str
+    n_engines: int
     overhead_ms: float
 
     @staticmethod
     def of(bundle: Bundle, overhead_s: float) -> HostOverhead:
         """That of a bundle."""
-        named = (bundle.engine, bundle.gpu, bundle.name, bundle.started_at)
-        return HostOverhead(*named, overhead_s * 1e3)
+        run = (bundle.engine, bundle.gpu, bundle.name, bundle.started_at, bundle.n_engines)
+        return HostOverhead(*run, overhead_s * 1e3)
 
     def is_of(self, bundle: Bundle) -> bool:
         """Whether it was fitted on this very run."""
@@ -48,7 +50,8 @@ def kept() -> tuple[HostOverhead, ...]:
 def evidence_for(bundle: Bundle, others: Sequence[HostOverhead]) -> list[HostOverhead]:
     """Those of `others` that a run's overhead is taken from; empty: its engine is not known."""
     found = [o for o in others if o.engine == bundle.engine and not o.is_of(bundle)]
-    return [o for o in found if o.gpu == bundle.gpu] or found
+    found = [o for o in found if o.gpu == bundle.gpu] or found
+    return [o for o in found if o.n_engines == bundle.n_engines] or found
 
 
 def overhead_s(evidence: Sequence[HostOverhead]) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ProfileError
+from .expert_profile import ExpertProfile, ExpertTable, Routing
 from .step_profile import ATTENTION_AXES, Curve, StepProfile
 
 Floats = NDArray[np.float64]
@@ -24,18 +25,25 @@ TIMES_PER_LAYER = {"layernorm": 2}  # before attention and before the MLP; the o
 NEEDED = ("qkv_proj", "o_proj")
 
 
-def load_step_profile(folder: str | Path, n_layers: int) -> StepProfile:
+def load_step_profile(
+    folder: str | Path, n_layers: int, routing: Routing | None = None
+) -> StepProfile:
     """The profile in `folder` (one tensor-parallel degree: the `tpN` folder) for `n_layers` layers.
 
+    Args:
+        routing: of a model with experts; the profile is an `ExpertProfile` then.
+
     Raises:
-        ProfileError: a table is missing, empty or malformed; which file, line and field.
+        ProfileError: a table is missing, empty or malformed; which file, line and field. Or there
+            are experts in only one of the model and the profile.
     """
     folder = Path(folder)
-    if (folder / "moe.csv").exists():
+    found = folder / "moe.csv"
+    if found.exists() != (routing is not None):
         raise ProfileError(
-            "the profile must be of a dense model",
-            values=f"{folder / 'moe.csv'} holds experts",
-            remedy="choose a profile without moe.csv",
+            "the profile and the model must both have experts, or both none",
+            values=f"{found} is {'there' if found.exists() else 'missing'}",
+            remedy="choose the profile of this model",
         )
     dense = _curves(folder / "dense.csv", "tokens")
     head = _curves(folder / "per_sequence.csv", "sequences")
@@ -49,7 +57,7 @@ def load_step_profile(folder: str | Path, n_layers: int) -> StepProfile:
     layer = {name: c for name, c in dense.items() if name not in ONCE_PER_STEP}
     once = {name: c for name, c in dense.items() if name in ONCE_PER_STEP}
     grid, us = _attention(folder / "attention.csv")
-    return StepProfile(
+    profile = StepProfile(
         n_layers=n_layers,
         dense_us=_sum(layer, TIMES_PER_LAYER),
         once_us=_sum(once, {}),
@@ -58,6 +66,23 @@ def load_step_profile(folder: str | Path, n_layers: int) -> StepProfile:
         us=us,
         skew=_skew(folder / "skew.csv"),
     )
+    if routing is None:
+        return profile
+    return ExpertProfile(**vars(profile), routing=routing, experts=_experts(found))
+
+
+def _experts(path: Path) -> ExpertTable:
+    points: dict[int, dict[int, float]] = defaultdict(dict)
+    columns = ("tokens", "activated_experts", "time_us")
+    for i, row in enumerate(_rows(path, columns)):
+        n_rows, activated, us = (_number(path, i + 2, row, c) for c in columns)
+        points[int(n_rows)][int(activated)] = us
+    rows = tuple(sorted(points))
+    return ExpertTable(rows, tuple(_curve(points[n]) for n in rows))
+
+
+def _curve(points: dict[int, float]) -> Curve:
+    return Curve(tuple(sorted(points)), tuple(points[x] for x in sorted(points)))
 
 
 def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -99,10 +124,7 @@ def _curves(path: Path, axis: str) -> dict[str, Curve]:
     for i, row in enumerate(_rows(path, ("layer", axis, "time_us"))):
         x = int(_number(path, i + 2, row, axis))
         points[row["layer"]][x] = _number(path, i + 2, row, "time_us")
-    return {
-        name: Curve(tuple(sorted(at)), tuple(at[x] for x in sorted(at)))
-        for name, at in points.items()
-    }
+    return {name: _curve(at) for name, at in points.items()}
 
 
 def _sum(curves: dict[str, Curve], times: dict[str, int]) -> Curve:

@@ -1,144 +1,44 @@
-"""A plain re-implementation of one vLLM-v1 engine: a loop over steps, nothing merged.
+"""A loop over the steps of one engine, or of several in lockstep, nothing merged.
 
 It serves twice: end-to-end validation against real vLLM runs, and the differential test of the fast
-queue. Semantics are those of vLLM 0.19 (v1 engine): running requests first, in order of admission;
-then the waiting queue, first come first served, only when nobody was preempted in this step;
-chunked prefill under a token budget; a request is admitted only if all its tokens fit; preemption
-takes the last admitted, frees its blocks and puts it first in the queue; freed blocks keep their
-content until they are taken again (prefix caching, whole blocks). With asynchronous scheduling a
-step is planned while the one before runs, so what a step frees or finishes is seen one step later.
+queue. With asynchronous scheduling a step is planned while the one before runs, so what a step
+frees or finishes is seen one step later.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from ..core.errors import CapacityError
+from .step_profile import Step
+from .step_scheduler import Arrival, EngineLimits, Launched, Life, Request, Scheduler
 
-
-class Timed(Protocol):
-    """What the loop needs of a step's cost (`StepProfile` has it)."""
-
-    def step_s(
-        self,
-        pieces: Sequence[tuple[int, int]],
-        n_decode: int,
-        kv_decode_tokens: int,
-        kv_decode_max: int | None = None,
-    ) -> float: ...
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """`n_blocks` counts what requests may use; None: KV memory never runs out."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    n_blocks: int | None
-    block_size: int = 16
-    prefix_caching: bool = True
-    async_scheduling: bool = True
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """`content` names the whole blocks of the prompt; equal names are equal prefixes."""
-
-    arrival_s: float
-    n_prompt: int
-    n_output: int
-    content: tuple[int, ...] = ()
-
-
-@dataclass
-class Life:
-    """Times of one request, seconds. `queued_s` is when the engine took it from its inbox."""
-
-    queued_s: float = 0.0
-    scheduled_s: float = 0.0
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-    n_preemptions: int = 0
-    n_cached_tokens: int = 0
-
-
-@dataclass
-class _Request:
-    id: int
-    arrival: Arrival
-    computed: int = 0
-    emitted: int = 0  # output tokens that came back
-    flying: int = 0  # output tokens planned but not back
-    blocks: list[int] = field(default_factory=list)
-    life: Life = field(default_factory=Life)
-
-    @property
-    def n_tokens(self) -> int:
-        return self.arrival.n_prompt + self.emitted
-
-
-class Blocks:
-    """Block ids with reference counts; free ones queue, oldest first, and keep their content."""
-
-    def __init__(self, n_blocks: int) -> None:
-        self.free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(n_blocks))
-        self.users = [0] * n_blocks
-        self.content: list[object] = [None] * n_blocks
-        self.holder: dict[object, int] = {}
-
-    def hit(self, names: Sequence[object]) -> list[int]:
-        """Blocks that hold the longest known prefix of `names`."""
-        found = []
-        for name in names:
-            block = self.holder.get(name)
-            if block is None:
-                break
-            found.append(block)
-        return found
-
-    def touch(self, blocks: Sequence[int]) -> None:
-        for b in blocks:
-            if self.users[b] == 0:
-                del self.free[b]
-            self.users[b] += 1
-
-    def take(self, n: int) -> list[int]:
-        taken = []
-        for _ in range(n):
-            b, _none = self.free.popitem(last=False)
-            if self.content[b] is not None:
-                del self.holder[self.content[b]]
-                self.content[b] = None
-            self.users[b] = 1
-            taken.append(b)
-        return taken
-
-    def name(self, block: int, name: object) -> None:
-        if self.content[block] is None and name not in self.holder:
-            self.content[block] = name
-            self.holder[name] = block
-
-    def give_back(self, blocks: Sequence[int]) -> None:
-        """The last block first, so that it is the first to be taken again."""
-        for b in reversed(blocks):
-            self.users[b] -= 1
-            if self.users[b] == 0:
-                self.free[b] = None
+Seconds = Callable[[Sequence[Step]], float]
+"""Of a step that all engines take together: one `Step` each, empty where one idles."""
 
 
 class StepLoop:
-    """One engine over a list of arrivals in time order; `run` returns a `Life` each."""
+    """Engines over a list of arrivals in time order; `run` returns a `Life` each.
 
-    def __init__(self, limits: EngineLimits, cost: Timed, arrivals: Sequence[Arrival]) -> None:
+    Engines in lockstep begin every step together: those of a data-parallel group that share
+    experts meet in every layer. A request goes to the engine with the least to do.
+
+    Raises:
+        CapacityError: the KV cache cannot hold the longest request.
+    """
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        seconds: Seconds,
+        arrivals: Sequence[Arrival],
+        n_engines: int = 1,
+    ) -> None:
         self.limits = limits
-        self.cost = cost
-        self.requests = [_Request(i, a) for i, a in enumerate(arrivals)]
+        self.seconds = seconds
+        self.requests = [Request(i, a) for i, a in enumerate(arrivals)]
         self.inbox = deque(sorted(self.requests, key=lambda r: r.arrival.arrival_s))
-        self.waiting: deque[_Request] = deque()
-        self.running: list[_Request] = []
         most = max((a.n_prompt + a.n_output for a in arrivals), default=0)
         size = limits.block_size
         if limits.n_blocks is not None and -(-most // size) > limits.n_blocks:
@@ -148,27 +48,36 @@ class StepLoop:
                 remedy="give more blocks, or shorter requests",
             )
         total = sum(-(-(a.n_prompt + a.n_output) // size) for a in arrivals)
-        self.blocks = Blocks(min(total, limits.n_blocks) if limits.n_blocks is not None else total)
+        n_blocks = min(total, limits.n_blocks) if limits.n_blocks is not None else total
+        self.engines = [Scheduler(limits, n_blocks) for _ in range(n_engines)]
         self.now = 0.0
         self.n_steps = 0
-        self.n_preemptions = 0
+
+    @property
+    def n_preemptions(self) -> int:
+        """Of all engines."""
+        return sum(e.n_preemptions for e in self.engines)
 
     def run(self) -> list[Life]:
         """Serve everything."""
         depth = 2 if self.limits.async_scheduling else 1
-        flying: deque[tuple[float, list[tuple[_Request, bool]]]] = deque()
+        flying: deque[tuple[float, list[Launched]]] = deque()
         device_free_s = 0.0
-        while self.inbox or self.waiting or self.running or flying:
+        while self.inbox or flying or any(e.is_busy for e in self.engines):
             self._drain()
             if len(flying) < depth:
-                plan = self._plan()
-                if plan:
-                    device_free_s = max(device_free_s, self.now) + self._seconds(plan)
-                    flying.append((device_free_s, self._launch(plan)))
+                plans = [e.plan(self.now) for e in self.engines]
+                if any(plans):
+                    took_s = self.seconds([Scheduler.step(p) for p in plans])
+                    device_free_s = max(device_free_s, self.now) + took_s
+                    launched = [e.launch(p) for e, p in zip(self.engines, plans, strict=True)]
+                    flying.append((device_free_s, launched))
+                    self.n_steps += 1
                     continue
             if flying:
                 self.now, done = flying.popleft()
-                self._finish(done)
+                for engine, part in zip(self.engines, done, strict=True):
+                    engine.finish(part, self.now)
             elif self.inbox:
                 self.now = max(self.now, self.inbox[0].arrival.arrival_s)
             else:
@@ -177,133 +86,6 @@ class StepLoop:
 
     def _drain(self) -> None:
         while self.inbox and self.inbox[0].arrival.arrival_s <= self.now:
-            r = self.inbox.popleft()
-            r.life.queued_s = self.now
-            self.waiting.append(r)
-
-    def _plan(self) -> list[tuple[_Request, int]]:
-        """(request, tokens) of the next step."""
-        budget = self.limits.max_num_batched_tokens
-        plan: list[tuple[_Request, int]] = []
-        preempted = False
-        i = 0
-        while i < len(self.running) and budget > 0:
-            r = self.running[i]
-            n = min(self._wanted(r), budget)
-            if n == 0:
-                i += 1
-                continue
-            while not self._grow(r, n):
-                victim = self.running.pop()
-                self._preempt(victim)
-                preempted = True
-                if victim is r:
-                    break
-            else:
-                plan.append((r, n))
-                budget -= n
-                i += 1
-                continue
-            break
-        if not preempted:
-            self._admit(plan, budget)
-        return plan
-
-    def _wanted(self, r: _Request) -> int:
-        if r.emitted + r.flying >= r.arrival.n_output:
-            return 0
-        return r.n_tokens + r.flying - r.computed
-
-    def _admit(self, plan: list[tuple[_Request, int]], budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            r = self.waiting[0]
-            hit = self._hit(r)
-            computed = len(hit) * self.limits.block_size
-            new = self._blocks_for(r.n_tokens) - len(hit)
-            evicted = sum(1 for b in hit if self.blocks.users[b] == 0)
-            if new + evicted > len(self.blocks.free):
-                return
-            self.waiting.popleft()
-            self.blocks.touch(hit)
-            r.blocks = list(hit)
-            r.computed = computed
-            r.life.n_cached_tokens += computed
-            n = min(r.n_tokens - computed, budget)
-            if not self._grow(r, n):
-                raise AssertionError("a request that fits must fit")
-            if r.life.n_preemptions == 0:
-                r.life.scheduled_s = self.now
-            self.running.append(r)
-            plan.append((r, n))
-            budget -= n
-
-    def _hit(self, r: _Request) -> list[int]:
-        if not self.limits.prefix_caching:
-            return []
-        whole = (r.n_tokens - 1) // self.limits.block_size  # the last token is always computed
-        return self.blocks.hit([self._name(r, i) for i in range(whole)])
-
-    def _name(self, r: _Request, i: int) -> object:
-        content = r.arrival.content
-        return content[i] if i < len(content) else (r.id, i)
-
-    def _blocks_for(self, n_tokens: int) -> int:
-        return -(-n_tokens // self.limits.block_size)
-
-    def _grow(self, r: _Request, n: int) -> bool:
-        """Blocks for `n` more tokens; False when there are too few."""
-        need = self._blocks_for(r.computed + n) - len(r.blocks)
-        if need > len(self.blocks.free):
-            return False
-        r.blocks += self.blocks.take(max(need, 0))
-        return True
-
-    def _preempt(self, r: _Request) -> None:
-        self.blocks.give_back(r.blocks)
-        r.blocks = []
-        r.computed = 0
-        r.life.n_preemptions += 1
-        self.n_preemptions += 1
-        self.waiting.appendleft(r)
-
-    def _seconds(self, plan: Sequence[tuple[_Request, int]]) -> float:
-        pieces = [(n, r.computed) for r, n in plan if n > 1]
-        contexts = [r.computed for r, n in plan if n == 1]
-        self.n_steps += 1
-        return self.cost.step_s(
-            pieces, len(contexts), sum(contexts), max(contexts) if contexts else None
-        )
-
-    def _launch(self, plan: Sequence[tuple[_Request, int]]) -> list[tuple[_Request, bool]]:
-        """Advance the plan's requests; which of them yield a token."""
-        launched = []
-        for r, n in plan:
-            before = r.computed
-            r.computed += n
-            size = self.limits.block_size
-            if self.limits.prefix_caching:
-                for i in range(before // size, r.computed // size):
-                    self.blocks.name(r.blocks[i], self._name(r, i))
-            yields = r.computed >= r.n_tokens + r.flying
-            if yields:
-                r.flying += 1
-            launched.append((r, yields))
-        return launched
-
-    def _finish(self, launched: Sequence[tuple[_Request, bool]]) -> None:
-        gone = set()
-        for r, yields in launched:
-            if not yields:
-                continue
-            r.flying -= 1
-            r.emitted += 1
-            if r.emitted == 1:
-                r.life.first_token_s = self.now
-            if r.emitted == r.arrival.n_output:
-                r.life.last_token_s = self.now
-                self.blocks.give_back(r.blocks)
-                r.blocks = []
-                gone.add(r.id)
-        if gone:
-            self.running = [r for r in self.running if r.id not in gone]
-            self.waiting = deque(r for r in self.waiting if r.id not in gone)
+            # Waiting counts four times, as in vLLM's balancer.
+            least = min(self.engines, key=lambda e: 4 * len(e.waiting) + len(e.running))
+            least.accept(self.inbox.popleft(), self.now)

@@ -55,6 +55,27 @@ class Curve:
         return self.at(-(-rows // TILE_ROWS) * TILE_ROWS)
 
 
+class Step(NamedTuple):
+    """What one engine does in a step: prefill pieces (n_query, n_context), and decodes."""
+
+    pieces: Sequence[Piece]
+    n_decode: int
+    kv_decode_tokens: int
+    """Contexts of the decodes, summed."""
+    kv_decode_max: int | None = None
+    """The longest of them; None: all alike."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows through the layers."""
+        return sum(q for q, _ in self.pieces) + self.n_decode
+
+    @property
+    def n_logits(self) -> int:
+        """Rows through the head: one for every sequence."""
+        return len(self.pieces) + self.n_decode
+
+
 class Collective(NamedTuple):
     """Microseconds of one exchange between the GPUs of a group, by the rows of its tensor."""
 
@@ -115,17 +136,32 @@ class StepProfile:
             kv_decode_tokens: contexts of the decodes, summed.
             kv_decode_max: the longest of them; None: all alike.
         """
-        tokens = sum(q for q, _ in pieces) + n_decode
-        if tokens == 0:
+        return self.steps_s([Step(pieces, n_decode, kv_decode_tokens, kv_decode_max)])
+
+    def steps_s(self, steps: Sequence[Step]) -> float:
+        """The same for the one `Step` in `steps`."""
+        (step,) = steps
+        if not step.n_tokens:
             return 0.0
-        padded = self._padded(tokens)
-        n_logits = len(pieces) + n_decode
-        layer_us = self.dense_us.at_tile(padded) + self.attention_us(
-            pieces, n_decode, kv_decode_tokens, kv_decode_max
-        )
-        rest_us = self.once_us.at(padded) + self.head_us.at(n_logits) + self.gather.at(n_logits)
+        padded = self.padded(step.n_tokens)
         reduce_us = (2 * self.n_layers + 1) * self.all_reduce.at(padded)
-        return (self.n_layers * layer_us + reduce_us + rest_us) * 1e-6 + self.overhead_s
+        us = self.n_layers * self.layer_us(step, padded) + self.once_a_step_us(step, padded)
+        return (us + reduce_us) * 1e-6 + self.overhead_s
+
+    def layer_us(self, step: Step, padded: int) -> float:
+        """Microseconds of one layer's matrices over `padded` rows, and of its attention."""
+        if not step.n_tokens:
+            return self.dense_us.at_tile(padded)
+        return self.dense_us.at_tile(padded) + self.attention_us(
+            step.pieces, step.n_decode, step.kv_decode_tokens, step.kv_decode_max
+        )
+
+    def once_a_step_us(self, step: Step, padded: int) -> float:
+        """Microseconds of what no layer does: embedding, last norm, head, gathering its logits."""
+        us = self.once_us.at(padded)
+        if step.n_logits:
+            us += self.head_us.at(step.n_logits) + self.gather.at(step.n_logits)
+        return us
 
     @property
     def has_skew(self) -> bool:
@@ -229,7 +265,8 @@ class StepProfile:
             low += min(max(share, 0.0), 1.0) * (self.skew[chunks[i + 1]].at(n_decode) - low)
         return min(max(low / n_decode, 0.0), 1.0)
 
-    def _padded(self, tokens: int) -> int:
+    def padded(self, tokens: int) -> int:
+        """Rows that a step of `tokens` runs with."""
         if not self.capture_sizes or tokens > self.capture_sizes[-1]:
             return tokens
         return self.capture_sizes[bisect_right(self.capture_sizes, tokens - 1)]

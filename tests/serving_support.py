@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,3 +144,27 @@ def make_fleet(
 def make_tier(name: str = "dram", rate: float = 1e6, **fields: Any) -> TierSpec:
     """Equal rates both ways."""
     return TierSpec(name=name, read_bytes_per_s=rate, write_bytes_per_s=rate, **fields)
+
+
+def alone(cost: Any) -> Any:
+    """Seconds of a step, as `StepLoop` asks, of a cost that knows one engine's."""
+    return lambda steps: cost.step_s(*steps[0])
+
+
+def write_profile(folder: Path) -> Path:
+    """A small operator profile with one hole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dense = ["layer,tokens,time_us"]
+    for name in ("qkv_proj", "o_proj", "layernorm", "embedding"):
+        dense += [f"{name},{t},{t}" for t in (1, 64, 2048)]
+    (folder / "dense.csv").write_text("\n".join(dense))
+    (folder / "per_sequence.csv").write_text("layer,sequences,time_us\nlm_head,1,7\nlm_head,64,7")
+    rows = ["prefill_chunk,kv_prefill,n_decode,kv_decode,time_us"]
+    for q in (0, 16, 32, 2048):
+        for c in (0, 64, 1024) if q else (0,):
+            for n in (0, 1, 64):
+                for kv in (16, 64, 4096) if n else (0,):
+                    if (q or n) and (q, c, n, kv) != (32, 64, 1, 64):  # one hole
+                        rows.append(f"{q},{c},{n},{kv},{q * c / 64 + q * q / 128 + n * kv / 8}")
+    (folder / "attention.csv").write_text("\n".join(rows))
+    return folder

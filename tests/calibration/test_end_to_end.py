@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cachetune.calibration import end_to_end
+from cachetune.calibration.bundle_profile import profile_of
 from cachetune.calibration.bundles import Bundle, capture_sizes, model_of, read_bundle
 from cachetune.calibration.closed_batch import ClosedBatch
 from cachetune.calibration.end_to_end import (
@@ -23,7 +24,9 @@ from cachetune.calibration.host_overhead import HostOverhead, evidence_for, kept
 from cachetune.calibration.silicon import Point, fit_length, predict, read_points
 from cachetune.calibration.silicon import fit_overhead_s as fit_step_s
 from cachetune.core.errors import ModelError, ProfileError, WorkloadError
+from cachetune.simulator.expert_profile import ExpertProfile
 from cachetune.simulator.step_profile import Collective, Curve, StepProfile
+from serving_support import write_profile
 
 
 def small_profile(overhead_s: float = 0.0) -> StepProfile:
@@ -236,6 +239,9 @@ def test_a_run_is_predicted_by_others_of_its_host_and_never_by_itself(tmp_path: 
     assert evidence_for(run, [own, far, near]) == [near]
     assert evidence_for(run, [own, far]) == [far]
     assert evidence_for(run, [near._replace(engine="vllm 0")]) == []
+    group = near._replace(n_engines=2)
+    assert evidence_for(run, [near, group]) == [near]
+    assert evidence_for(run, [far, group]) == [group]
     assert overhead_s([near, far._replace(overhead_ms=0.2)]) == pytest.approx(0.0006)
     assert overhead_s([near._replace(overhead_ms=-1.0)]) == 0.0
     assert {k.gpu for k in kept()} == {"RTX4090", "RTXPRO6000"}
@@ -247,6 +253,30 @@ def test_a_group_of_gpus_reduces_every_layer_and_gathers_the_logits() -> None:
     step = ([(40, 0), (20, 16)], 10, 500)
     more_us = (2 * alone.n_layers + 1) * (5.0 + 0.5 * 70) + 7.0 + 2.0 * 12
     assert group.step_s(*step) - alone.step_s(*step) == pytest.approx(more_us * 1e-6)
+
+
+def test_a_group_of_engines_takes_its_steps_together(tmp_path: Path) -> None:
+    tables = write_profile(tmp_path / "RTX" / "Qwen" / "Qwen3-30B-A3B" / "bf16" / "tp1")
+    table = ["tokens,activated_experts,time_us", "1,8,10", "64,64,100", "64,128,200"]
+    (tables / "moe.csv").write_text("\n".join(table))
+    group = {"data_parallel_size": 2, "enable_expert_parallel": True}
+    folder = write_bundle(tmp_path / "RTX" / "m", 0.0)
+    bundle = read_bundle(set_meta(folder, group, model="Qwen/Qwen3-30B-A3B"))
+    assert bundle.n_engines == 2
+    assert "all-gather and reduce-scatter" in " ".join(bundle.assumed)
+    profile = profile_of(bundle, tmp_path)
+    assert isinstance(profile, ExpertProfile)
+    run = predicted(bundle, profile, 0.0)
+    assert (run.ttft > 0).all() and (run.e2e >= run.ttft).all()
+    # A row's 2,048 values and 128 logits travel there, its values back; half stays at home.
+    per_row_us = 2 * 0.5 / bundle.link_bytes_per_s * 1e6
+    assert profile.dispatch.us_per_row == pytest.approx(2176 * per_row_us)
+    assert profile.combine.us_per_row == pytest.approx(2048 * per_row_us)
+    with pytest.raises(ModelError, match="share experts"):
+        read_bundle(set_meta(folder, {"data_parallel_size": 2, "enable_expert_parallel": False}))
+    (tables / "moe.csv").unlink()
+    with pytest.raises(ProfileError, match="missing"):
+        profile_of(bundle, tmp_path)
 
 
 def test_closed_loop_grows_with_load() -> None:

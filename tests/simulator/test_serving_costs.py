@@ -15,9 +15,10 @@ from cachetune.simulator.executor import SimExecutor
 from cachetune.simulator.profile_step_cost import ProfileStepCost
 from cachetune.simulator.serving import serve_trace
 from cachetune.simulator.serving_fleet import ServingLimits
-from cachetune.simulator.step_loop import Arrival, EngineLimits, StepLoop
+from cachetune.simulator.step_loop import StepLoop
 from cachetune.simulator.step_profile import Curve, StepProfile
-from serving_support import make_fleet, random_table
+from cachetune.simulator.step_scheduler import Arrival, EngineLimits
+from serving_support import alone, make_fleet, random_table
 from support import make_index, make_profile, make_workload
 
 
@@ -68,7 +69,7 @@ def test_measured_tables_give_the_times_of_single_steps(seed: int, skewed: bool)
             zip(table.arrival_ns, table.prompt_tokens, table.output_tokens, strict=True)
         )
     ]
-    lives = StepLoop(EngineLimits(async_scheduling=seed > 1, **limits), cost, arrivals).run()
+    lives = StepLoop(EngineLimits(async_scheduling=seed > 1, **limits), alone(cost), arrivals).run()
     fleet = make_fleet(limits=ServingLimits(async_scheduling=seed > 1, **limits))
     result = serve_trace(table, fleet, cost)
     last = [life.last_token_s for life in lives]

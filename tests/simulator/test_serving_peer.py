@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from cachetune.simulator.serving import serve_trace
 from cachetune.simulator.serving_fleet import ServingLimits
-from cachetune.simulator.step_loop import Arrival, EngineLimits, StepLoop
-from serving_support import LinearCost, make_fleet, random_table
+from cachetune.simulator.step_loop import StepLoop
+from cachetune.simulator.step_scheduler import Arrival, EngineLimits
+from serving_support import LinearCost, alone, make_fleet, random_table
 
 COST = LinearCost(step=1e-3, token=2e-5, pair=1e-9, decode=1e-5, context=2e-8)
 
@@ -37,7 +38,7 @@ def compare(seed: int) -> int:
         )
         for i in range(len(table))
     ]
-    loop = StepLoop(EngineLimits(**limits), COST, arrivals)
+    loop = StepLoop(EngineLimits(**limits), alone(COST), arrivals)
     lives = loop.run()
     result = serve_trace(table, make_fleet(limits=ServingLimits(**limits)), COST)
     assert result.n_steps == loop.n_steps

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from cachetune.core.errors import CapacityError, ProfileError
+from cachetune.simulator.expert_profile import ExpertProfile, ExpertTable, Routing
 from cachetune.simulator.operator_tables import load_step_profile
-from cachetune.simulator.step_loop import Arrival, EngineLimits, StepLoop
-from cachetune.simulator.step_profile import Curve
+from cachetune.simulator.step_loop import StepLoop
+from cachetune.simulator.step_profile import Collective, Curve, Step
+from cachetune.simulator.step_scheduler import Arrival, EngineLimits
+from serving_support import alone, write_profile
 
 
 class Ticks:
@@ -34,27 +37,9 @@ def limits(n_blocks: int | None = None, **changes: bool) -> EngineLimits:
     return EngineLimits(4, 64, n_blocks, **changes)
 
 
-def write_profile(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    dense = ["layer,tokens,time_us"]
-    for name in ("qkv_proj", "o_proj", "layernorm", "embedding"):
-        dense += [f"{name},{t},{t}" for t in (1, 64, 2048)]
-    (folder / "dense.csv").write_text("\n".join(dense))
-    (folder / "per_sequence.csv").write_text("layer,sequences,time_us\nlm_head,1,7\nlm_head,64,7")
-    rows = ["prefill_chunk,kv_prefill,n_decode,kv_decode,time_us"]
-    for q in (0, 16, 32, 2048):
-        for c in (0, 64, 1024) if q else (0,):
-            for n in (0, 1, 64):
-                for kv in (16, 64, 4096) if n else (0,):
-                    if (q or n) and (q, c, n, kv) != (32, 64, 1, 64):  # one hole
-                        rows.append(f"{q},{c},{n},{kv},{q * c / 64 + q * q / 128 + n * kv / 8}")
-    (folder / "attention.csv").write_text("\n".join(rows))
-    return folder
-
-
 def test_idle_engine_is_one_prefill_and_then_decodes() -> None:
     cost = Ticks()
-    (life,) = StepLoop(limits(), cost, [Arrival(5.0, 100, 3)]).run()
+    (life,) = StepLoop(limits(), alone(cost), [Arrival(5.0, 100, 3)]).run()
     assert life.queued_s == 5.0
     assert life.first_token_s == 7.0  # 64 tokens, then 36
     assert life.last_token_s == 9.0
@@ -64,15 +49,15 @@ def test_idle_engine_is_one_prefill_and_then_decodes() -> None:
 def test_memory_shortage_preempts_the_last_and_all_end() -> None:
     cost = Ticks()
     arrivals = [Arrival(0.0, 30, 40) for _ in range(4)]
-    loop = StepLoop(limits(n_blocks=12), cost, arrivals)
+    loop = StepLoop(limits(n_blocks=12), alone(cost), arrivals)
     lives = loop.run()
     assert loop.n_preemptions > 0
     assert lives[0].n_preemptions == 0
     assert all(0 < x.first_token_s <= x.last_token_s for x in lives)
-    assert len(loop.blocks.free) == 12
+    assert len(loop.engines[0].blocks.free) == 12
     recomputed = cost.prefill - 4 * 30
     assert recomputed > 0
-    free = StepLoop(limits(), Ticks(), arrivals).run()
+    free = StepLoop(limits(), alone(Ticks()), arrivals).run()
     assert max(x.last_token_s for x in free) <= max(x.last_token_s for x in lives)
 
 
@@ -80,16 +65,16 @@ def test_shared_blocks_are_not_computed_twice() -> None:
     same = (1, 2, 3)
     arrivals = [Arrival(0.0, 50, 2, same), Arrival(10.0, 50, 2, same)]
     cost = Ticks()
-    lives = StepLoop(limits(n_blocks=20), cost, arrivals).run()
+    lives = StepLoop(limits(n_blocks=20), alone(cost), arrivals).run()
     assert [x.n_cached_tokens for x in lives] == [0, 48]
     off = Ticks()
-    StepLoop(limits(n_blocks=20, prefix_caching=False), off, arrivals).run()
+    StepLoop(limits(n_blocks=20, prefix_caching=False), alone(off), arrivals).run()
     assert (cost.prefill, off.prefill) == (52, 100)
 
 
 def test_a_request_that_cannot_fit_is_refused() -> None:
     with pytest.raises(CapacityError, match="2 blocks of 16 tokens for 60 tokens"):
-        StepLoop(limits(n_blocks=2), Ticks(), [Arrival(0.0, 50, 10)])
+        StepLoop(limits(n_blocks=2), alone(Ticks()), [Arrival(0.0, 50, 10)])
 
 
 def test_profile_is_exact_on_its_grid_and_linear_between(tmp_path: Path) -> None:
@@ -122,3 +107,64 @@ def test_matrix_products_work_on_whole_tiles_of_rows() -> None:
     assert [stairs.at_tile(n) for n in (8, 128, 129, 143, 144, 160)] == [5, 10, 20, 20, 20, 21]
     assert stairs.at(129) < stairs.at_tile(129), "a line cuts off the foot of the stair"
     assert stairs.at_tile(170) == stairs.at(176)
+
+
+def test_engines_in_lockstep_share_steps_and_requests() -> None:
+    steps: list[tuple[int, ...]] = []
+
+    def seconds(parts: Sequence[Step]) -> float:
+        steps.append(tuple(p.n_tokens for p in parts))
+        return 1.0
+
+    arrivals = [Arrival(0.0, 40, 3), Arrival(0.0, 40, 3), Arrival(0.0, 30, 3)]
+    loop = StepLoop(limits(), seconds, arrivals, n_engines=2)
+    lives = loop.run()
+    # 64 tokens to a step: the first engine takes 40 and 24 of the third prompt, then its rest.
+    assert steps[:2] == [(64, 40), (7, 1)]
+    assert [x.first_token_s for x in lives] == [1.0, 1.0, 2.0]
+    assert sum(map(sum, steps)) == 110 + 2 * 3
+    assert loop.n_steps == len(steps)
+    alike = StepLoop(limits(), lambda parts: 1.0, arrivals[:1], n_engines=2).run()
+    assert alike[0].last_token_s == 3.0
+
+
+def test_an_expert_step_waits_for_the_slowest_engine_and_moves_every_row(tmp_path: Path) -> None:
+    folder = write_profile(tmp_path)
+    table = ["tokens,activated_experts,time_us", "1,8,10", "64,64,100", "64,128,200"]
+    (folder / "moe.csv").write_text("\n".join(table))
+    with pytest.raises(ProfileError, match="both have experts"):
+        load_step_profile(folder, 2)
+    routing = Routing(n_experts=128, n_used=8)
+    profile = load_step_profile(folder, 2, routing)
+    assert isinstance(profile, ExpertProfile)
+    profile.dispatch, profile.combine = Collective(3.0, 0.5), Collective(2.0, 0.25)
+    busy, idle = Step([(64, 0)], 0, 0), Step([], 0, 0)
+    activated = 64 * (1 - (15 / 16) ** 65)
+    assert routing.activated(65, 2) == pytest.approx(activated)
+    layer_us = (
+        profile.layer_us(busy, 64)
+        + 5.0 + 0.75 * 65
+        + profile.experts.at(65 / 2, activated)
+    )  # fmt: skip
+    us = 2 * layer_us + profile.once_a_step_us(busy, 64)
+    assert profile.steps_s([busy, idle]) == pytest.approx(us * 1e-6)
+    assert profile.steps_s([idle, idle]) == 0.0
+    # One engine has all experts, and moves nothing.
+    alone_us = profile.experts.at(64, 128 * (1 - (15 / 16) ** 64))
+    profile.dispatch = profile.combine = Collective()
+    us = 2 * (profile.layer_us(busy, 64) + alone_us) + profile.once_a_step_us(busy, 64)
+    assert profile.step_s([(64, 0)], 0, 0) == pytest.approx(us * 1e-6)
+    profile.capture_sizes = (8, 16)
+    small = Step([], 1, 40, 40)
+    # Graphs are of one size on all engines: the rows of the larger step on both.
+    assert profile.steps_s([Step([], 12, 480, 40), small]) == pytest.approx(
+        profile.steps_s([small, Step([], 12, 480, 40)])
+    )
+
+
+def test_experts_lie_between_what_was_measured() -> None:
+    table = ExpertTable((8, 16), (Curve((8, 64), (10.0, 80.0)), Curve((8, 64), (20.0, 100.0))))
+    assert table.at(8, 64) == 80.0
+    assert table.at(12, 8) == 15.0
+    assert table.at(24, 64) == 120.0  # the slope of the last stretch
+    assert table.at(1, 2) == 10.0  # not below what was measured
