@@ -133,6 +133,11 @@ def test_no_install(checkout: Path, tmp_path: Path) -> None:
         call("-m", "cachetune", "schema", "workload", cwd=cwd, path=path)
 
 
+def test_tests_run_whatever_the_folder_is_called(checkout: Path) -> None:
+    done = call("-m", "pytest", "-q", "tests/core/test_arrivals.py", cwd=checkout)
+    assert " passed" in done.stdout
+
+
 def stand_in_for_kernels(folder: Path) -> None:
     """A distribution of the name and version that transformers looks for."""
     from transformers.utils import import_utils
