@@ -22,7 +22,7 @@ Gpus = Annotated[str, typer.Option(help="GPUs, by commas: `cachetune catalogue l
 Disks = Annotated[str, typer.Option(help="Disks, by commas; none for none.")]
 Networks = Annotated[str, typer.Option(help="Networks to a shared store, by commas; none.")]
 Policies = Annotated[str, typer.Option(help="Policies, by commas.")]
-Formats = Annotated[str, typer.Option(help="Stored formats, by commas: bf16, int8, int4, int2.")]
+Formats = Annotated[str, typer.Option(help="By commas: bf16, fp8, int8, int4, int3, int2.")]
 Evictions = Annotated[str, typer.Option(help="By commas: lru, lfu, cost, belady (a bound).")]
 Routers = Annotated[
     str,

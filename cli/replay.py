@@ -30,7 +30,7 @@ _Router = Annotated[
 _Disk = Annotated[str, typer.Option(help="A disk of the catalogue, or none.")]
 _Network = Annotated[str, typer.Option(help="A network to a store that replicas share, or none.")]
 _Policy = Annotated[str, typer.Option(help="Which tokens of a known chunk are recomputed.")]
-_Format = Annotated[str, typer.Option(help="Of stored chunks: bf16, int8, int4, int2.")]
+_Format = Annotated[str, typer.Option(help="Of stored chunks: bf16, fp8, int8, int4, int3, int2.")]
 _Eviction = Annotated[str, typer.Option(help="lru, lfu, cost, belady.")]
 _Weights = Annotated[str, typer.Option(help="bfloat16 or fp8.")]
 _Slo = Annotated[str, typer.Option(help="ttft_ms=,tpot_ms=: what counts as good.")]

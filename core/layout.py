@@ -9,7 +9,7 @@ channel, for V one per token and 32 channels (KIVI, arXiv 2402.02750).
 
 from __future__ import annotations
 
-from .model_spec import STORED_BITS, ModelSpec
+from .model_spec import PACKED_BITS, ModelSpec
 from .units import ceil_div, round_up
 
 GROUP_TOKENS = 32
@@ -23,16 +23,17 @@ SCALE_CHANNELS = 32
 def packed_parts(model: ModelSpec) -> tuple[int, int, int, int, int, int]:
     """Bytes of a packed group's codes, scales and zeros, of K and then of V."""
     width = model.n_kv_heads * model.head_dim
-    codes = GROUP_TOKENS * width * STORED_BITS[model.stored] // 8
+    codes = GROUP_TOKENS * width * PACKED_BITS[model.stored] // 8
     of_v = SCALE_BYTES * GROUP_TOKENS * model.n_kv_heads * ceil_div(model.head_dim, SCALE_CHANNELS)
     return codes, SCALE_BYTES * width, SCALE_BYTES * width, codes, of_v, of_v
 
 
 def group_bytes(model: ModelSpec) -> int:
     """Bytes of one row group: K and V of 32 tokens in one layer, and the checksum."""
-    if model.stored != "native":
+    if model.is_packed:
         return sum(packed_parts(model)) + CHECKSUM_BYTES
-    return GROUP_TOKENS * model.kv_bytes_per_token_layer + CHECKSUM_BYTES
+    values = 2 * GROUP_TOKENS * model.n_kv_heads * model.head_dim
+    return values * model.stored_value_bytes + CHECKSUM_BYTES
 
 
 def blob_bytes(model: ModelSpec, n_tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -15,10 +15,13 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-STORED_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+PACKED_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+"""Bits of a code, by the stored format that has codes."""
+FP8_BYTES = 1
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Stored = Literal["native", "int8", "int4", "int3", "int2"]
+Stored = Literal["native", "fp8", "int8", "int4", "int3", "int2"]
+STORED_FORMATS: tuple[Stored, ...] = get_args(Stored)
 
 
 class ModelSpec(Record):
@@ -44,11 +47,12 @@ class ModelSpec(Record):
     """RoPE's base layer by layer, where layers differ in their RoPE."""
     sliding_window: int | None = None
     stored: Stored = "native"
-    """What the chunk store keeps of K and V: `dtype` as it is, or codes of so many bits."""
+    """What the chunk store keeps of K and V: `dtype` as it is, FP8 (e4m3), or codes of so many
+    bits."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
-        if self.stored != "native" and self.head_dim % 16:
+        if self.is_packed and self.head_dim % 16:
             raise ValueError(
                 f"head_dim must be a multiple of 16 to be stored as {self.stored}, "
                 f"got {self.head_dim}"
@@ -72,10 +76,35 @@ class ModelSpec(Record):
             del data["rope_bases"]
         return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:16]
 
+    def stored_as(self, stored: str) -> Self:
+        """The same model, its chunks kept in another format; lossy but for `native`.
+
+        Raises:
+            ModelError: no such format, or heads that it cannot hold.
+        """
+        if stored not in STORED_FORMATS or (stored in PACKED_BITS and self.head_dim % 16):
+            raise ModelError(
+                f"chunks must be stored as one of {', '.join(STORED_FORMATS)}; of those with codes "
+                "a head must have a multiple of 16 channels",
+                values=f"{stored}, head dim {self.head_dim}",
+                remedy="name one of them, or store them native",
+            )
+        return self.replace(stored=stored)
+
     @property
     def stored_dtype(self) -> str:
-        """By name, what the chunk store keeps: `dtype`, or the packed format."""
+        """By name, what the chunk store keeps: `dtype`, or the other format."""
         return self.dtype if self.stored == "native" else self.stored
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the chunk store keeps codes with scales, not values."""
+        return self.stored in PACKED_BITS
+
+    @property
+    def stored_value_bytes(self) -> int:
+        """Bytes of a value where the chunk store keeps values."""
+        return FP8_BYTES if self.stored == "fp8" else DTYPE_BYTES[self.dtype]
 
     @property
     def kv_bytes_per_token_layer(self) -> int:

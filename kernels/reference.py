@@ -106,7 +106,7 @@ def restore(
     """Rotate stored keys at their new positions and put K and V into their slots, in place.
 
     Args:
-        k_raw, v_raw: ``[n, HK, D]``; K before RoPE.
+        k_raw, v_raw: ``[n, HK, D]``, also ``float8_e4m3fn``; K before RoPE.
         positions: int64 ``[n]``, each once, in any order: the slot and the angle. Rows whose
             position is negative only fill up a group, and are left out.
         k_out, v_out: ``[HK, n_slots, D]``; slot ``positions[i]`` receives token ``i``.
@@ -125,19 +125,23 @@ def restore(
             f"and k_out; got {tuple(k_raw.shape)}, {tuple(v_raw.shape)}: transpose to token-major"
         )
     for start in range(0, positions.numel(), RESTORE_BLOCK):
-        part: slice | Tensor = slice(start, start + RESTORE_BLOCK)
-        at = positions[part]
+        part = slice(start, start + RESTORE_BLOCK)
+        at, k, v = positions[part], _wide(k_raw[part]), _wide(v_raw[part])
         if bool((at < 0).any()):
-            part = start + (at >= 0).nonzero().flatten()
-            at = positions[part]
+            there = (at >= 0).nonzero().flatten()
+            at, k, v = at[there], k[there], v[there]
         if inv_freq is not None:
             cos, sin = rope_tables(inv_freq, at, attention_scaling)
         else:
             assert cos_table is not None and sin_table is not None  # as checked above
             cos, sin = cos_table.index_select(0, at), sin_table.index_select(0, at)
-        rotated = apply_rope(k_raw[part], cos, sin, interleaved).to(k_out.dtype)
-        _scatter(k_out, at, rotated)
-        _scatter(v_out, at, v_raw[part].to(v_out.dtype))
+        _scatter(k_out, at, apply_rope(k, cos, sin, interleaved).to(k_out.dtype))
+        _scatter(v_out, at, v.to(v_out.dtype))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """FP8 as fp32, so that what is rotated is rounded once."""
+    return x.float() if x.dtype == torch.float8_e4m3fn else x
 
 
 def _scatter(out: Tensor, at: Tensor, rows: Tensor) -> None:

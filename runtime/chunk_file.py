@@ -28,7 +28,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from ..core.errors import StoreError
 from ..core.layout import ALIGN_BYTES, GROUP_TOKENS, group_bytes
-from ..core.model_spec import DTYPE_BYTES, ModelSpec
+from ..core.model_spec import ModelSpec
 from ..core.units import ceil_div, round_up
 from .device import CPU, Device
 from .packed_groups import PackedGroups, fill_groups
@@ -38,6 +38,8 @@ TEMP_SUFFIX = ".tmp"
 MAGIC = b"CTCHUNK\0"
 FORMAT_VERSION = 2
 """Version 1 had checksums that did not know of the order."""
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
 _FIXED = struct.Struct("<8sIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_AT = _FIXED.size - _CHECKSUM.size
@@ -235,24 +237,27 @@ class Geometry:
     n_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    item_bytes: int
+    """Of the model's K and V."""
+    element_dtype: torch.dtype
+    """As what the bytes of a group are looked at: `dtype`, FP8, or uint8 where codes lie."""
     group_bytes: int
     packed: PackedGroups | None = None
-    """How codes lie in a group; None where values lie there as they are."""
+    """How codes lie in a group; None where values lie there."""
 
     @staticmethod
     def of(model: ModelSpec) -> Geometry:
         """The geometry of `model`."""
-        return Geometry(
-            model.n_layers, model.n_kv_heads, model.head_dim, getattr(torch, model.dtype),
-            DTYPE_BYTES[model.dtype], group_bytes(model),
-            PackedGroups.of(model) if model.stored != "native" else None,
-        )  # fmt: skip
+        dtype: torch.dtype = getattr(torch, model.dtype)
+        packed = PackedGroups.of(model) if model.is_packed else None
+        element = torch.uint8 if packed else FP8 if model.stored == "fp8" else dtype
+        shape = model.n_layers, model.n_kv_heads, model.head_dim
+        return Geometry(*shape, dtype, element, group_bytes(model), packed)
 
-    @property
-    def element_dtype(self) -> torch.dtype:
-        """As what the bytes of a group are looked at."""
-        return self.dtype if self.packed is None else torch.uint8
+    def kept(self, values: Tensor) -> Tensor:
+        """K or V as a store that keeps values has them; what FP8 cannot hold saturates."""
+        if self.element_dtype == FP8:
+            values = values.clamp(-FP8_MAX, FP8_MAX)
+        return values.to(self.element_dtype)
 
     def read_bytes(self, n_rows: int) -> int:
         """`core.layout.read_bytes` for this model, without its look-ups."""
@@ -261,11 +266,11 @@ class Geometry:
 
     def groups(self, elements: Tensor, at_byte: int, n_groups: int) -> Tensor:
         """View [G, 2, 32, HK, D] of the groups that start at `at_byte`; axis 1 is K, V."""
-        row = self.n_kv_heads * self.head_dim
+        row, item_bytes = self.n_kv_heads * self.head_dim, self.element_dtype.itemsize
         return elements.as_strided(
             (n_groups, 2, GROUP_TOKENS, self.n_kv_heads, self.head_dim),
-            (self.group_bytes // self.item_bytes, GROUP_TOKENS * row, row, self.head_dim, 1),
-            at_byte // self.item_bytes,
+            (self.group_bytes // item_bytes, GROUP_TOKENS * row, row, self.head_dim, 1),
+            at_byte // item_bytes,
         )
 
 
@@ -357,8 +362,8 @@ def fill_blobs(
             shape.packed.fill(elements, layer * blob, rows_k, rows_v, device.pack)
         else:
             groups = shape.groups(elements, layer * blob, n_groups)
-            fill_groups(groups[:, 0], rows_k)
-            fill_groups(groups[:, 1], rows_v)
+            fill_groups(groups[:, 0], shape.kept(rows_k))
+            fill_groups(groups[:, 1], shape.kept(rows_v))
 
 
 def seal_blobs(shape: Geometry, seed: int, blobs: np.ndarray, n_tokens: int) -> None:

@@ -108,8 +108,7 @@ class Handlers:
         spec = self.transformer.spec
         counts = [session.decision.n_loaded(c, op.layer_start, spec.n_layers) for c in op.chunks]
         places = [session.loaded_positions(c, n) for c, n in zip(op.chunks, counts, strict=True)]
-        is_packed = spec.stored != "native"
-        if is_packed:  # a chunk's last group of codes is not cut: its other rows go nowhere
+        if spec.is_packed:  # a chunk's last group of codes is not cut: its other rows go nowhere
             places = [F.pad(at, (0, -at.numel() % GROUP_TOKENS), value=-1) for at in places]
         positions = self.device.upload(torch.cat(places))
         for layer in range(op.layer_start, op.layer_stop):
@@ -124,11 +123,11 @@ class Handlers:
             # One call for all chunks: short calls would hold up the compute stream's Python.
             k: Tensor | Packed
             v: Tensor | Packed
-            if is_packed:
+            if spec.is_packed:
                 k, v = LayerRows.joined(staged, layer)
             else:
-                k = torch.cat([rows.k(layer) for rows in staged])
-                v = torch.cat([rows.v(layer) for rows in staged])
+                kept = zip(*(rows.kept(layer) for rows in staged), strict=True)
+                k, v = (torch.cat(part) for part in kept)
             out = (session.buffer.k[layer], session.buffer.v[layer], *rope)
             self.device.restore(k, v, positions, *out)
         return NOTHING

@@ -118,12 +118,16 @@ class LayerRows:
         """Values, [n_rows, HK, D]. Do not write to it."""
         return self._half(layer, 1)
 
+    def kept(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K before RoPE and V, [n_rows, HK, D] each, as a store that keeps values has them."""
+        # One group is a view; several lie apart (V and checksum between), so they are joined.
+        n_rows, groups = self.n_rows[self._position(layer)], self.groups(layer)
+        return groups[:, 0].flatten(0, 1)[:n_rows], groups[:, 1].flatten(0, 1)[:n_rows]
+
     def _half(self, layer: int, half: int) -> Tensor:
         if self.is_packed:
             return unpack(self.packed(layer)[half], self._shape.dtype)
-        # One group is a view; several lie apart (V and checksum between), so they are joined.
-        n_rows = self.n_rows[self._position(layer)]
-        return self.groups(layer)[:, half].flatten(0, 1)[:n_rows]
+        return self.kept(layer)[half].to(self._shape.dtype)
 
     def _position(self, layer: int) -> int:
         i = layer - self.layer_start

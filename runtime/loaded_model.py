@@ -16,7 +16,7 @@ import xxhash
 from torch import nn
 
 from ..core.errors import ModelError
-from ..core.model_spec import DTYPE_BYTES, STORED_BITS, ModelSpec, Stored, spec_from_hf_config
+from ..core.model_spec import DTYPE_BYTES, ModelSpec, Stored, spec_from_hf_config
 from ..core.record import parse_json
 from .layer_rope import LayerRope, buildable, install
 from .shapes import CONFIGS, config_of
@@ -42,20 +42,8 @@ class LoadedModel:
     fingerprint: str
 
     def stored_as(self, stored: Stored) -> LoadedModel:
-        """The same model, its chunks kept in another format; lossy but for `native`.
-
-        Raises:
-            ModelError: no such format, or heads that it cannot hold.
-        """
-        formats = ("native", *STORED_BITS)
-        if stored not in formats or (stored != "native" and self.spec.head_dim % 16):
-            raise ModelError(
-                f"chunks must be stored as one of {', '.join(formats)}; packed, a head must have "
-                "a multiple of 16 channels",
-                values=f"{stored}, head dim {self.spec.head_dim}",
-                remedy="name one of them, or store them native",
-            )
-        return replace(self, spec=self.spec.replace(stored=stored))
+        """See `ModelSpec.stored_as`."""
+        return replace(self, spec=self.spec.stored_as(stored))
 
     @property
     def rope(self) -> LayerRope:

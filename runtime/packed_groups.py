@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, float16
 
 from ..core.layout import GROUP_TOKENS, SCALE_CHANNELS, group_bytes, packed_parts
-from ..core.model_spec import STORED_BITS, ModelSpec
+from ..core.model_spec import PACKED_BITS, ModelSpec
 from ..core.units import ceil_div
 from ..kernels.packing import Packed, Per
 
@@ -49,7 +49,7 @@ class PackedGroups:
     def of(model: ModelSpec) -> PackedGroups:
         """For a model that is stored packed."""
         starts = (0, *accumulate(packed_parts(model)))[:6]
-        bits = STORED_BITS[model.stored]
+        bits = PACKED_BITS[model.stored]
         return PackedGroups(bits, model.n_kv_heads, model.head_dim, group_bytes(model), starts)
 
     def fill(self, data: Tensor, at_byte: int, k: Tensor, v: Tensor, pack: Pack) -> None:

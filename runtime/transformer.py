@@ -6,6 +6,7 @@ through each layer are counted here: tests compare the count with what the polic
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,12 @@ class ModelParts:
         )
 
 
+def _cache_argument(layer: nn.Module) -> str:
+    """What a decoder layer calls its KV cache; the name changed within transformers 5."""
+    names = inspect.signature(layer.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 class Transformer:
     """The compute of one device. Not re-entrant: the compute stream's worker owns it.
 
@@ -60,7 +67,7 @@ class Transformer:
         self.projected_rows = 0
         """Rows that only a check layer projected."""
         self._layers = self.parts.layers
-        self._scatter = Scatter()
+        self._cache = {_cache_argument(self._layers[0]): Scatter()}
         self._n_rope = 0
         self._ropes: list[tuple[Tensor, Tensor]] = []
         """Tables of `_n_rope` positions, one for each set of frequencies."""
@@ -108,8 +115,8 @@ class Transformer:
                     attention_mask=None,
                     position_embeddings=self._rope_here[self.parts.rope.of_layer[layer]],
                     position_ids=positions[None],
-                    past_key_values=self._scatter,
                     use_cache=True,
+                    **self._cache,
                 )
                 self.rows_by_layer[layer] += positions.numel()
         return hidden

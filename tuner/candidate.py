@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ..core.catalogue import Catalogue, GpuRow
 from ..core.errors import CapacityError, ModelError, ProfileError
+from ..core.layout import GROUP_TOKENS, group_bytes
 from ..core.machine_spec import MachineSpec
 from ..core.memory_sum import EngineMemory, MemorySum, check_fits, memory_sum
 from ..core.model_spec import ModelSpec
@@ -33,10 +34,7 @@ from ..simulator.serving_fleet import (
 from ..simulator.step_tables import StepTables
 from .bounded_kernels import BoundedKernels, KernelEnd
 
-StoredFormat = Literal["bf16", "int8", "int4", "int2"]
-
-STORED_BITS: dict[str, float] = {"bf16": 16, "int8": 8.5, "int4": 5, "int2": 3}
-"""Per value: codes, and an fp16 scale and zero for each 64 (int8) or 32 (int4, int2) of them."""
+StoredFormat = Literal["bf16", "fp8", "int8", "int4", "int3", "int2"]
 
 HOST_BYTES = 32 * GIB
 """Of a machine's DRAM that is not for KV: system, engine, buffers. Assumed."""
@@ -184,8 +182,9 @@ class Candidate(Record):
             raise CapacityError(e.rule, values=e.values, remedy=text) from None
 
     def kv_bytes_per_token(self, model: ModelSpec) -> int:
-        """Of a stored token, all layers, in the stored format."""
-        return round(model.kv_bytes_per_token * STORED_BITS[self.stored] / 16)
+        """Of a stored token, all layers, as the chunk store lays out whole row groups."""
+        kept = model.stored_as("native" if self.stored == "bf16" else self.stored)
+        return round(model.n_layers * group_bytes(kept) / GROUP_TOKENS)
 
     def cost(self, model: ModelSpec, end: KernelEnd | None = None) -> StepCost:
         """Seconds of steps of a replica; kernels are read once for the same machine and model.

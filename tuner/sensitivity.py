@@ -16,7 +16,7 @@ from ..core.machine_spec import DEFAULT_DRAM
 from ..core.record import made
 from ..core.units import GIB
 from .attainment import Attainment
-from .candidate import STORED_BITS, Candidate
+from .candidate import Candidate
 from .question import Question
 from .trial import Estimate, Trial
 from .whatif import task_of
@@ -101,7 +101,7 @@ def default_changes(candidate: Candidate) -> list[Change]:
     asked = ["shared=0.5", "shared=0"]
     if candidate.reuses:
         asked += [f"disk={d}" for d in ("hdd-7200", "sata-ssd", "nvme-gen5")]
-        asked += [f"stored={s}" for s in STORED_BITS if s != "int2"]
+        asked += [f"stored={s}" for s in ("bf16", "int8", "int4")]
         asked += ["ratio=0.05", "ratio=0.3", "dram=ddr4-3200"]
         disk = candidate.machine.disk
         now = {f"stored={candidate.stored}", f"disk={disk.name if disk else 'none'}"}

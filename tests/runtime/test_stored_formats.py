@@ -1,9 +1,10 @@
-"""Chunks kept as codes of a few bits: through the real store, the real reads and the restore."""
+"""Chunks kept as FP8 or as codes of a few bits: through the real store, reads and the restore."""
 
 from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from cachetune.core.errors import ModelError, StoreError
 from cachetune.core.invariants import check
 from cachetune.core.layout import chunk_bytes, read_bytes
-from cachetune.core.model_spec import STORED_BITS, Dtype, ModelSpec, Stored
+from cachetune.core.model_spec import PACKED_BITS, STORED_FORMATS, Dtype, ModelSpec, Stored
 from cachetune.kernels.packing import pack, unpack
 from cachetune.runtime.chunk_file import ChunkCorrupt, Geometry
 from cachetune.runtime.device import CPU, open_device
@@ -25,7 +26,7 @@ from . import store_cases as cases
 from .model_cases import TIERS, make_twins, plan_with, prompt_workload, tokens
 
 N = 77
-FORMATS = tuple(STORED_BITS)
+FORMATS = tuple(PACKED_BITS)
 PROMPTS = [[tokens(40), tokens(33), tokens(50), tokens(12)], [tokens(33), tokens(17, 2)]]
 
 
@@ -40,7 +41,7 @@ def test_what_comes_back_is_what_packing_makes_of_it(
 ) -> None:
     """Bit for bit, from every medium, any prefix of the rows; and within half a step."""
     model = packed_model(stored, dtype)
-    chunk, bits = cases.make_chunk(model, N), STORED_BITS[stored]
+    chunk, bits = cases.make_chunk(model, N), PACKED_BITS[stored]
     store = cases.open_store(tmp_path, model)
     key = cases.put(store, "a", chunk)
     header = cases.chunk_file(store, key).stat().st_size - chunk_bytes(model, N)
@@ -62,12 +63,38 @@ def test_what_comes_back_is_what_packing_makes_of_it(
     store.close()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_fp8_keeps_four_digits_and_saturates(tmp_path: Path, dtype: Dtype) -> None:
+    """From every medium, any prefix of the rows; what is beyond 448 is 448."""
+    model = cases.make_model(dtype).replace(stored="fp8")
+    chunk = cases.make_chunk(model, N)
+    wide = chunk.k * torch.exp2(torch.arange(N) % 24 - 12.0)[:, None, None].to(chunk.k)
+    store = cases.open_store(tmp_path, model)
+    key = cases.put(store, "a", replace(chunk, k=wide))
+    for tier in ("disk", "dram", "hbm"):
+        store.place(key, tier)
+        for n in (1, 32, 40, N):
+            rows = store.read(key, 0, 3, [n] * 3, cases.REQUEST, tier)
+            assert rows.n_bytes == 3 * read_bytes(model, n)
+            for layer in range(3):
+                for half, source in ((rows.k, wide), (rows.v, chunk.v)):
+                    found = half(layer)
+                    true = source[layer, chunk.order][:n].clamp(-448, 448).double()
+                    # Half a step: of three bits behind the leading one, below 2**-6 of 2**-9.
+                    step = true.abs().mul(2.0**-3).clamp_min(2.0**-9)
+                    assert found.dtype == source.dtype
+                    assert bool(((found.double() - true).abs() <= step / 2).all())
+    assert float(wide.abs().max()) > 448
+    store.close()
+
+
 def test_fewer_bits_take_fewer_bytes() -> None:
     """Of bf16 at Llama-3.1-8B's shape: codes, and fp16 scales that cost a sixteenth or so."""
     spec = packed_model("int8", "bfloat16").replace(n_kv_heads=8, n_heads=32, head_dim=128)
     native = chunk_bytes(spec.replace(stored="native"), 512)
     shares = [chunk_bytes(spec.replace(stored=stored), 512) / native for stored in FORMATS]
-    assert shares == pytest.approx([b / 16 + 1 / 16 for b in STORED_BITS.values()], abs=0.003)
+    assert shares == pytest.approx([b / 16 + 1 / 16 for b in PACKED_BITS.values()], abs=0.003)
+    assert chunk_bytes(spec.replace(stored="fp8"), 512) / native == pytest.approx(0.5, abs=0.003)
 
 
 def test_a_flipped_bit_of_codes_or_scales_is_found(tmp_path: Path) -> None:
@@ -145,20 +172,22 @@ def test_the_answer_s_error_falls_with_the_bits(
     native_logits: dict[int, torch.Tensor], tmp_path: Path
 ) -> None:
     """Ops name the packed bytes and the reads fetch those; a bit more is about half the error."""
-    errors = [gap(logits_of(s, tmp_path / s), native_logits) for s in ("int8", "int4", "int2")]
-    assert 0 < errors[0] < 0.02 < errors[1] < errors[2] and errors[0] < errors[1] / 4
+    formats: tuple[Stored, ...] = ("int8", "fp8", "int4", "int2")
+    int8, fp8, int4, int2 = (gap(logits_of(s, tmp_path / s), native_logits) for s in formats)
+    assert 0 < int8 < fp8 < int4 < int2 and int8 < 0.02 < int4 and int8 < int4 / 4
 
 
-@pytest.mark.parametrize("stored", ["int8", "int3"])
+@pytest.mark.parametrize("stored", ["fp8", "int8", "int3"])
 def test_a_gpu_restores_the_same(tmp_path: Path, stored: Stored) -> None:
     cpu = logits_of(stored, tmp_path / "cpu")
     gpu = logits_of(stored, tmp_path / "gpu", FakeCuda())
     assert gap(gpu, cpu) < 1e-4
 
 
+@pytest.mark.parametrize("stored", ["fp8", "int8"])
 @pytest.mark.parametrize("policy", ["cacheblend", "epic", "full_reuse", "cachetune"])
-def test_every_policy_takes_packed_chunks(tmp_path: Path, policy: str) -> None:
-    loaded = make_twins("qwen3")[0].stored_as("int8")
+def test_every_policy_takes_lossy_chunks(tmp_path: Path, policy: str, stored: Stored) -> None:
+    loaded = make_twins("qwen3")[0].stored_as(stored)
     workload, plan = prompt_workload(PROMPTS, 3), plan_with(policy, 0.3)
     made = []
     for name, device in (("cpu", "cpu"), ("gpu", FakeCuda())):
@@ -178,7 +207,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devic
 
 @pytest.mark.parametrize("device", ["fake", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("stored", ["native", *FORMATS])
+@pytest.mark.parametrize("stored", STORED_FORMATS)
 def test_blobs_are_laid_out_the_same_on_every_device(
     stored: Stored, dtype: Dtype, device: str
 ) -> None:
@@ -209,7 +238,7 @@ def ingest_all(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("n_stages", [1, 3])
-@pytest.mark.parametrize("stored", ["native", "int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("stored", STORED_FORMATS)
 def test_a_gpu_lays_out_the_same_files(
     tmp_path: Path, stored: Stored, n_stages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +265,7 @@ def test_a_gpu_lays_out_the_same_files(
             assert entry.n_bytes == chunk_bytes(spec, len(CHUNK))
         laid_out, values = entry.n_bytes, len(CHUNK) * spec.kv_bytes_per_token
         assert came == [laid_out, laid_out, values + laid_out, values + laid_out]
-        packs = [2 * n for n, _ in gpu.stages.places] if stored != "native" else [0] * n_stages
+        packs = [2 * n for n, _ in gpu.stages.places] if stored in PACKED_BITS else [0] * n_stages
         assert [d.n_kernels["pack"] for d in devices] == [4 * n for n in packs]
         gpu.store.discard(entry.key)  # the one that `ingest_all` does not make
         ingest_all(gpu)

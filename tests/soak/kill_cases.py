@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from cachetune.core.chunk_index import content_id_of
 from cachetune.core.layout import chunk_bytes
-from cachetune.core.model_spec import STORED_BITS, Stored
+from cachetune.core.model_spec import PACKED_BITS, STORED_FORMATS, Stored
 from cachetune.core.plan import SelectorName
 from cachetune.core.workload import Workload
 from cachetune.kernels.packing import Per, pack
@@ -27,7 +27,7 @@ PHASES = ("open", "ingest", "evict", "place", "discard", "serve")
 
 TEXTS = [cases.tokens(20 + number % 60, number) for number in range(60)]
 ID_OF = {content_id_of(text): text for text in TEXTS}
-FORMATS: tuple[Stored, ...] = ("native", *STORED_BITS)  # type: ignore[arg-type]
+FORMATS = STORED_FORMATS
 SELECTORS: tuple[SelectorName, ...] = ("low_pass", "high_pass", "random")
 PLAN = cases.plan_with("cachetune", 0.3, n_io_workers=2, layer_group=1)
 
@@ -158,7 +158,9 @@ def allowed_gap(values: torch.Tensor, stored: Stored, per: Per) -> torch.Tensor:
     rounding = torch.full_like(values, 1e-5)
     if stored == "native":
         return rounding
-    step = pack(values, STORED_BITS[stored], per).scale.float()
+    if stored == "fp8":  # three bits behind the leading one; below 2**-6 steps of 2**-9
+        return values.abs() * 2.0**-4 + 2.0**-10 + rounding
+    step = pack(values, PACKED_BITS[stored], per).scale.float()
     dim = 0 if per == "channel" else 2
     step = step.repeat_interleave(32, dim).narrow(dim, 0, values.shape[dim])
     top = values.abs().amax(dim, keepdim=True)

@@ -1,6 +1,6 @@
 """Every single-bit flip of a small chunk file: header, first and last blob, each bit in turn.
 
-Once of values as they are, once of codes of three bits, whose groups end at an odd place.
+Of values as they are, of FP8, and of codes of three bits, whose groups end at an odd place.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from cachetune.core.layout import blob_bytes, group_bytes
-from cachetune.core.model_spec import STORED_BITS, ModelSpec
+from cachetune.core.model_spec import PACKED_BITS, ModelSpec
 from cachetune.kernels.packing import Per, pack, unpack
+from cachetune.runtime.chunk_file import Geometry
 from cachetune.runtime.chunk_store import ChunkCorrupt, ChunkStore
 from torch import Tensor
 
@@ -85,15 +86,16 @@ def flips_round(store: ChunkStore, key: str, true: tuple[Tensor, Tensor], number
 
 
 def expected(model: ModelSpec, chunk: cases.Chunk) -> tuple[Tensor, Tensor]:
-    """What reading gives back: K and V as they were put, or what packing makes of them."""
+    """What reading gives back: K and V as they were put, or what the format makes of them."""
     k, v = chunk.k[:, chunk.order], chunk.v[:, chunk.order]
-    if model.stored == "native":
-        return k, v
+    if not model.is_packed:
+        shape = Geometry.of(model)
+        return shape.kept(k).to(k.dtype), shape.kept(v).to(v.dtype)
     return _packed(k, model, "channel"), _packed(v, model, "token")
 
 
 def _packed(x: Tensor, model: ModelSpec, per: Per) -> Tensor:
-    bits = STORED_BITS[model.stored]
+    bits = PACKED_BITS[model.stored]
     return torch.stack([unpack(pack(layer, bits, per), x.dtype) for layer in x])
 
 
@@ -104,7 +106,8 @@ def holds(store: ChunkStore, key: str, true: tuple[Tensor, Tensor]) -> bool:
 
 def test_every_bit(soak: Soak, tmp_path: Path) -> None:
     native = cases.make_model("bfloat16")
-    models = (native, native.replace(stored="int3", head_dim=16))
+    fp8, int3 = native.replace(stored="fp8"), native.replace(stored="int3", head_dim=16)
+    models = (native, fp8, int3)
     stores = [cases.open_store(tmp_path / m.stored, m) for m in models]
     chunks = [cases.make_chunk(m, N_TOKENS) for m in models]
     keys = [cases.put(store, "a", chunk) for store, chunk in zip(stores, chunks, strict=True)]

@@ -165,7 +165,7 @@ def real_round(folder: Path, loaded: LoadedModel, twin: Any, seed: int) -> Count
             "requests": len(workload.requests),
             "spans": len(result.timeline.spans),
             "tokens_reused": sum(result.n_reused_tokens.values()),
-            "packed_rounds": int(stored != "native"),
+            "lossy_rounds": int(stored != "native"),
             "batch_max": max(len(s.op.request_ids) for s in result.timeline.spans),
         }
         if exact or plan.policy != "cacheblend":  # which selects by values that rounding may move

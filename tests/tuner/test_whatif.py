@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from cachetune.core.arrivals import Arrivals, closed_loop
 from cachetune.core.catalogue import Catalogue, load_catalogue
 from cachetune.core.errors import CacheTuneError, ProfileError
+from cachetune.core.layout import chunk_bytes
 from cachetune.core.machine_spec import compose
 from cachetune.core.memory_sum import NCCL_BYTES
 from cachetune.core.model_presets import model_preset
@@ -21,7 +23,14 @@ from cachetune.core.trace_make import rag_table
 from cachetune.core.units import GIB
 from cachetune.core.workload import Slo
 from cachetune.simulator.gpu_sheet import gpu_sheet
-from cachetune.tuner.candidate import HOST_BYTES, Candidate, data_sheet_of, kernels_of, sheet_of
+from cachetune.tuner.candidate import (
+    HOST_BYTES,
+    Candidate,
+    StoredFormat,
+    data_sheet_of,
+    kernels_of,
+    sheet_of,
+)
 from cachetune.tuner.capacity import find_capacity
 from cachetune.tuner.evaluate import RunLength, evaluate, falls_behind
 from cachetune.tuner.fleet_size import fleet_row
@@ -68,10 +77,10 @@ def test_warm_tiers_hold_what_was_used_last(candidate: Candidate, model: ModelSp
     assert before is not None
     fleet = candidate.fleet(model, SLO, n_replicas=2)
     found = warm_snapshot(before, fleet)
-    chunk_bytes = 512 * model.kv_bytes_per_token
+    kept_bytes = 512 * candidate.kv_bytes_per_token(model)
     dram, disk = found["dram"], found["nvme-gen4"]
     assert len(dram) == len(disk) == 2 and len(found["25g-rdma"]) == 1
-    assert all(len(d) == GIB // chunk_bytes for d in dram)
+    assert all(len(d) == GIB // kept_bytes for d in dram)
     for mine, below in zip(dram, disk, strict=True):
         assert not set(mine.tolist()) & set(below.tolist())
     assert dram[0][-1] in before.chunk_ids[-16:]
@@ -225,6 +234,15 @@ def test_the_ends_of_the_kernels_hold_their_middle(candidate: Candidate, model: 
     assert other / one > 1.5 * high / low  # nobody measured it: the interval says so
 
 
+@pytest.mark.parametrize("stored", get_args(StoredFormat))
+def test_a_stored_token_takes_what_the_store_lays_out(
+    catalogue: Catalogue, model: ModelSpec, stored: StoredFormat
+):
+    candidate = Candidate(machine=compose(catalogue, "H100-SXM"), stored=stored)
+    kept = model.stored_as("native" if stored == "bf16" else stored)
+    assert candidate.kv_bytes_per_token(model) == pytest.approx(chunk_bytes(kept, 32768) / 32768)
+
+
 def test_every_knob_changes_what_it_says(catalogue: Catalogue, model: ModelSpec):
     question = Question(model=model, slo=SLO, traffic=RAG)
     base = Candidate(machine=compose(catalogue, "H100-SXM"))
@@ -239,7 +257,7 @@ def test_every_knob_changes_what_it_says(catalogue: Catalogue, model: ModelSpec)
         assert changed != (question, base)
         assert (changed[0] != question) == (change.knob == "shared")
     assert len(default_changes(base)) >= 8
-    for bad in ("stored=int3", "ratio=2", "ratio=x", "gpu=H100", "n_gpus=0", "colour=red", "disk="):
+    for bad in ("stored=int5", "ratio=2", "ratio=x", "gpu=H100", "n_gpus=0", "colour=red", "disk="):
         with pytest.raises(CacheTuneError):
             changes(bad)[0].apply(question, base, catalogue)
 
