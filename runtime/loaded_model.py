@@ -125,7 +125,7 @@ def _read_weights(folder: Path, dtype: str) -> Any:
             output_loading_info=True,
         )
         install(model, config)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as e:
         raise ModelError(
             "the model's weights must be readable and fit its config.json",
             values=f"{folder}: {str(e).strip().splitlines()[0][:160]}",

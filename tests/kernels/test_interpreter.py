@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import needs_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed; its kernels cannot be interpreted")
 
@@ -16,6 +17,7 @@ TINY = [case.name for case in all_cases() if case.tiny]
 
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, str]:
+    needs_interpreter()
     script = Path(__file__).with_name("run_tiny.py")
     paths = os.pathsep.join(p for p in sys.path if p)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}

@@ -26,6 +26,7 @@ from cachetune.runtime.runner import Runner, RunResult
 from cachetune.runtime.tiers import TierConfig
 from cachetune.runtime.transformer import Transformer
 from fake_cuda import FakeCuda, FakeStream, OnDevice, there
+from support import needs_interpreter
 
 from .model_cases import TIERS, make_twins, plan_with, prompt_workload, tokens
 
@@ -358,7 +359,7 @@ def test_the_cpu_is_a_device() -> None:
 
 def test_with_the_triton_kernels_themselves() -> None:
     """Interpreted, in a process of their own: what the launchers are given is what they take."""
-    pytest.importorskip("triton", reason="triton is not installed")
+    needs_interpreter()
     script = Path(__file__).with_name("run_interpreted.py")
     paths = os.pathsep.join([str(script.parent), *(p for p in sys.path if p)])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from cachetune.core.errors import ModelError
 from cachetune.core.model_spec import spec_from_hf_config
 from cachetune.runtime.layer_rope import LayerRope, buildable
@@ -31,7 +32,10 @@ ROPE: dict[str, dict[str, Any]] = {
 def config_of(family: str) -> Any:
     made = type(cases.make_config(family))
     shape = cases._SHAPE | ({"head_dim": 16} if family == "qwen3" else {})
-    return made(**shape, layer_types=list(TYPES), rope_parameters=copy.deepcopy(ROPE))
+    try:
+        return made(**shape, layer_types=list(TYPES), rope_parameters=copy.deepcopy(ROPE))
+    except AttributeError:  # it takes the base that it adds itself for a layer type's parameters
+        pytest.skip(f"transformers {transformers.__version__} has no RoPE by layer for {family}")
 
 
 def twins(family: str) -> tuple[LoadedModel, Any]:
