@@ -7,8 +7,8 @@ stated settings, and shown for the others too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -80,12 +80,17 @@ class Study:
     unmatched: tuple[tuple[str, str], ...]
     """(what, why) of published numbers for which there is no prediction."""
     claims: tuple[Claim, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """By line or inequality: why it does not come out as published, if it does not."""
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.points]
         unknown = self.fitted_names - set(names)
         if unknown or len(set(names)) != len(names):
             raise InvariantViolation(f"{self.name}: names of points are unique, {unknown} are none")
+        known = {c.name for c in self.claims} | {line for p in self.points for line in p.lines}
+        if set(self.reasons) - known:
+            raise InvariantViolation(f"{self.name}: {set(self.reasons) - known} are no lines")
 
     @property
     def fitted_names(self) -> set[str]:
@@ -105,6 +110,11 @@ class Disorder:
     line: str
     first: Point
     second: Point
+
+    @property
+    def settings(self) -> str:
+        """Whether the paper states all that both predictions need."""
+        return _settings(self.first.stated and self.second.stated)
 
     @property
     def published_gap(self) -> float:
@@ -144,7 +154,7 @@ def summary(studies: Sequence[Study]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "study": name,
-                    "settings": "stated" if stated else "partly assumed",
+                    "settings": _settings(stated),
                     "points": len(errors),
                     "median_error": median,
                     "p90_error": p90,
@@ -170,7 +180,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
             "predicted": p.predicted,
             "error": p.error,
             "role": "fitted" if p.name in seen else "predicted",
-            "settings": "stated" if p.stated else "partly assumed",
+            "settings": _settings(p.stated),
         }
         for p in study.points
     ]
@@ -186,9 +196,27 @@ def disorder_rows(study: Study) -> list[dict[str, Any]]:
             "first": _both(d.first),
             "second": _both(d.second),
             "published_gap": d.published_gap,
+            "settings": d.settings,
+            "why": study.reasons.get(d.line, ""),
         }
         for d in wrong
     ]
+
+
+def claim_rows(study: Study) -> list[dict[str, Any]]:
+    """Inequalities of a study; those that are broken with the reason, if there is one."""
+    return [
+        {
+            "study": study.name,
+            **asdict(claim),
+            "why": "" if claim.holds else study.reasons.get(claim.name, ""),
+        }
+        for claim in study.claims
+    ]
+
+
+def _settings(stated: bool) -> str:
+    return "stated" if stated else "partly assumed"
 
 
 def _both(point: Point) -> str:

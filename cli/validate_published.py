@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 COLUMNS = {
     "rows": ("study", "point", "unit", "published", "predicted", "error", "role", "settings"),
     "fitted": ("study", "name", "value", "unit", "n_points"),
-    "claims": ("study", "name", "published", "predicted", "holds"),
+    "claims": ("study", "name", "published", "predicted", "holds", "why"),
     "not_matched": ("study", "published", "why"),
-    "disorder": ("study", "line", "first", "second", "published_gap"),
+    "disorder": ("study", "first", "second", "published_gap", "settings", "why"),
     "summary": ("study", "settings", "points", "median_error", "p90_error", "max_error", "scalars",
                 "fitted_points", "met"),
 }  # fmt: skip
@@ -66,14 +66,14 @@ def _tables(found: Sequence[Study]) -> dict[str, list[dict[str, Any]]]:
     """Everything that is printed and kept, by name."""
     from dataclasses import asdict
 
-    from ..calibration.published import disorder_rows, rows_of, summary
+    from ..calibration.published import claim_rows, disorder_rows, rows_of, summary
 
     return {
         "rows": [row for s in found for row in rows_of(s)],
         "fitted": [
             {"study": s.name, **asdict(x), "n_points": x.n_points} for s in found for x in s.scalars
         ],
-        "claims": [{"study": s.name, **asdict(c)} for s in found for c in s.claims],
+        "claims": [row for s in found for row in claim_rows(s)],
         "not_matched": [
             {"study": s.name, "published": what, "why": why}
             for s in found
@@ -96,6 +96,7 @@ def _result(found: Sequence[Study], tables: dict[str, list[dict[str, Any]]]) -> 
         "scalars": len(tables["fitted"]),
         "pairs": sum(ordered_pairs(s.points)[0] for s in found),
         "pairs_wrong": len(tables["disorder"]),
+        "pairs_wrong_stated": sum(d["settings"] == "stated" for d in tables["disorder"]),
         "inequalities": len(tables["claims"]),
         "inequalities_broken": sum(not c["holds"] for c in tables["claims"]),
         "unmatched": len(tables["not_matched"]),

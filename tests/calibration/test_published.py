@@ -13,6 +13,8 @@ from cachetune.calibration.published import (
     Point,
     Scalar,
     Study,
+    claim_rows,
+    disorder_rows,
     ordered_pairs,
     summary,
 )
@@ -165,6 +167,15 @@ def test_bounds_hold_and_so_does_nearly_every_order(studies: dict[str, Study]) -
     assert len(wrong) <= 2
     assert all(" 4K " in f"{d.first.name} {d.second.name}" for d in wrong)
     assert all(d.published_gap < 0.05 for d in wrong)
+
+
+def test_what_comes_out_otherwise_has_a_reason(studies: dict[str, Study]) -> None:
+    """And no reason stands where all is as published."""
+    for study in studies.values():
+        broken = {c.name for c in study.claims if not c.holds}
+        assert set(study.reasons) == broken | {row["line"] for row in disorder_rows(study)}
+        assert all(row["why"] for row in disorder_rows(study))
+        assert all(bool(row["why"]) != row["holds"] for row in claim_rows(study))
 
 
 def test_a_fitted_point_is_no_prediction() -> None:
