@@ -6,13 +6,14 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from ..core.chunk_index import content_id_of
-from ..core.errors import CacheTuneError, WorkloadError
+from ..core.errors import CacheTuneError, StoreError, WorkloadError
 from ..core.metrics import per_request
 from ..core.model_spec import Stored
 from ..core.plan import ReusePlan, TunedPlan
@@ -62,7 +63,7 @@ class LLM:
         model: Hugging Face folder, a shape's name, a module, or a `LoadedModel`.
         plan: a `ReusePlan`, a `TunedPlan` or the path of one; None reuses by default knobs.
         store_dir: where chunks are kept; None keeps them for the life of this object.
-        tier: where newly ingested chunks go.
+        tier: where newly ingested chunks go, by name.
         tiers: the tiers there are; DRAM and a local file tier by default.
         tokenizer: anything with `encode(text)` and `decode(ids)`.
         ingest: when chunks that were not found are stored: after the answers, or never.
@@ -70,11 +71,12 @@ class LLM:
         write_back_bytes: size of the queue of chunks that are written after `generate` returns;
             what does not fit is dropped. None writes them before.
         device: cpu, cuda or cuda:<i>.
-        stored: what is kept of K and V: `native`, or codes of 8, 4, 3 or 2 bits (lossy).
+        stored: what is kept of K and V: `native`, FP8, or codes of 8, 4, 3 or 2 bits (lossy).
 
     Raises:
         ModelError: family or RoPE kind not supported, or the RoPE gate fails.
         PlanError: the plan is for another machine or model.
+        StoreError: no tier of that name, or trouble with the folder.
     """
 
     def __init__(
@@ -99,12 +101,18 @@ class LLM:
         if stored != "native":
             loaded = loaded.stored_as(stored)
         self.plan = self._plan(plan, loaded, compute_threads, allow_mismatch, device)
+        tiers = tuple(tiers or (TierConfig("dram", "dram"), TierConfig("file", "file")))
+        if tier not in (names := [t.name for t in tiers]):
+            raise StoreError(
+                f"the tier must be one of {', '.join(names)}", values=repr(tier),
+                remedy="name one of them, or add that tier",
+            )  # fmt: skip
         self._temp = tempfile.TemporaryDirectory() if store_dir is None else None
         folder = self._temp.name if self._temp is not None else store_dir
         assert folder is not None
-        default = (TierConfig("dram", "dram"), TierConfig("file", "file"))
+        self._is_open = True
         self.runner = Runner(
-            loaded, folder, tiers or default, compute_threads=compute_threads,
+            loaded, folder, tiers, compute_threads=compute_threads,
             write_back_bytes=write_back_bytes, device=device,
             pipeline_stages=self.plan.pipeline_stages,
         )  # fmt: skip
@@ -123,6 +131,7 @@ class LLM:
         Raises:
             StoreError, CapacityError: no space, no permission, larger than the tier.
         """
+        self._check_open()
         texts = [self._ids(chunk) for chunk in chunks]
         for number, ids in enumerate(texts):
             self._check_part(ids, f"chunk {number}")
@@ -140,7 +149,9 @@ class LLM:
         Raises:
             WorkloadError: no prompts, or one that is empty, longer than the model's context or
                 not of its vocabulary.
+            StoreError: it was closed.
         """
+        self._check_open()
         workload = self._workload(prompts)
         stop = None if ignore_eos else self._stop_token()
         index = self.runner.index(self.plan, tenants=tenants_of(workload))
@@ -151,6 +162,7 @@ class LLM:
 
     def close(self) -> None:
         """Close the store; a temporary one is removed."""
+        self._is_open = False
         self.runner.close()
         if self._temp is not None:
             self._temp.cleanup()
@@ -180,9 +192,18 @@ class LLM:
             log.warning("%s", differs)
         return tuned.plan
 
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise StoreError("an LLM that was closed serves no more", remedy="make another one")
+
     def _ids(self, text: Text) -> list[int]:
         if not isinstance(text, str):
-            return [int(t) for t in text]
+            try:
+                return [index(t) for t in text]
+            except TypeError as e:
+                raise WorkloadError(
+                    "a part must be text or token ids", values=str(e), remedy="pass whole numbers"
+                ) from None
         if self.tokenizer is None:
             raise WorkloadError(
                 "text needs a tokenizer", values=repr(text[:40]), remedy="pass tokenizer= or ids"
@@ -202,6 +223,14 @@ class LLM:
     def _workload(self, prompts: Sequence[Prompt]) -> Workload:
         contents: dict[str, Content] = {}
         requests = []
+        several = not isinstance(prompts, Prompt | str)
+        wrong = [p for p in (prompts if several else [prompts]) if not isinstance(p, Prompt)]
+        if wrong or not several:
+            raise WorkloadError(
+                "generate takes a list of prompts",
+                values=type(wrong[0]).__name__ if wrong else "one prompt",
+                remedy="pass [Prompt(chunks=[...], suffix=...)]; a plain text is a suffix",
+            )
         for number, prompt in enumerate(prompts):
             if prompt.max_tokens < 1:
                 raise WorkloadError(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cachetune.core.chunk_index import content_id_of
-from cachetune.core.errors import PlanError
+from cachetune.core.errors import PlanError, StoreError, WorkloadError
 from cachetune.core.plan import RatioRule, ReusePlan, TunedPlan
 from cachetune.runtime.llm import LLM, Completion, Prompt
 from cachetune.runtime.loaded_model import LoadedModel
@@ -239,3 +239,32 @@ def test_objects_on_one_model_leave_nothing_on_it(loaded: LoadedModel) -> None:
             llm.ingest(IDS.chunks)
             llm.generate([IDS])
     assert not [m for m in loaded.hf.modules() if m._forward_hooks]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        (["a text"], "list of prompts, got str"),
+        ("a text", "list of prompts, got str"),
+        (IDS, "list of prompts, got one prompt"),
+        ([Prompt([[1.5, 2]], [3])], "token ids, got 'float'"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(loaded: LoadedModel, prompts: Any, says: str) -> None:
+    with LLM(loaded) as llm, pytest.raises(WorkloadError, match=says):
+        llm.generate(prompts)
+
+
+def test_a_closed_one_says_so(loaded: LoadedModel) -> None:
+    llm = LLM(loaded)
+    llm.close()
+    llm.close()
+    for call in (lambda: llm.generate([IDS]), lambda: llm.ingest([tokens(40)])):
+        with pytest.raises(StoreError, match="closed"):
+            call()
+
+
+def test_an_unknown_tier_is_refused_at_once(loaded: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="one of dram, file, got 'nvme'"):
+        LLM(loaded, tier="nvme", store_dir=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
