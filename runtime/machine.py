@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import subprocess
@@ -64,13 +65,23 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def source_id(root: Path) -> str:
+    """What stands for the commit where there is no git: `source-` and a hash of the Python files
+    of the package in `root`, by path."""
+    digest = hashlib.sha256()
+    for path in sorted((*root.glob("*.py"), *root.glob("*/*.py"))):
+        if path.parent.name not in ("build", "tests"):
+            digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return f"source-{digest.hexdigest()[:12]}"
+
+
 def _commit() -> str:
     """Short hash; `-dirty` when code differs from it (results a run writes do not count)."""
     root = Path(__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     changed = _git(root, "status", "--porcelain", "-uno", "--", ".", ":!results")
     if commit is None or changed is None:
-        return "unknown"
+        return source_id(root)
     return f"{commit}-dirty" if changed else commit
 
 
@@ -87,7 +98,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "simpy", "optuna"):
+    for package in ("torch", "triton", "transformers", "numpy", "simpy", "optuna"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
