@@ -78,6 +78,9 @@ def source_id(root: Path) -> str:
 def _commit() -> str:
     """Short hash; `-dirty` when code differs from it (results a run writes do not count)."""
     root = Path(__file__).resolve().parent.parent
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:  # none, or of a project that we are installed in
+        return source_id(root)
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     changed = _git(root, "status", "--porcelain", "-uno", "--", ".", ":!results")
     if commit is None or changed is None:

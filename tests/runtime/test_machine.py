@@ -32,5 +32,10 @@ def test_provenance_names_the_code_with_and_without_git(monkeypatch: pytest.Monk
     monkeypatch.setattr(machine, "_git", lambda root, *args: None)
     root = Path(machine.__file__).resolve().parent.parent
     assert machine.provenance_here(0).commit == machine.source_id(root)
-    monkeypatch.setattr(machine, "_git", lambda root, *args: "abc" if "HEAD" in args else "")
+    answers = {"--show-toplevel": str(root), "HEAD": "abc", ":!results": ""}
+    monkeypatch.setattr(machine, "_git", lambda root, *args: answers[args[-1]])
     assert machine.provenance_here(0).commit == "abc"
+    answers[":!results"] = " M core/a.py"
+    assert machine.provenance_here(0).commit == "abc-dirty"
+    answers["--show-toplevel"] = str(root.parent)  # a project that has us among its files
+    assert machine.provenance_here(0).commit == machine.source_id(root)
