@@ -12,7 +12,7 @@ import torch
 from cachetune.core.errors import StoreError
 from cachetune.core.layout import chunk_bytes, n_reads, read_bytes
 from cachetune.core.model_spec import Dtype
-from cachetune.runtime.chunk_file import Geometry
+from cachetune.runtime.chunk_file import Geometry, temp_path
 from cachetune.runtime.chunk_store import ChunkCorrupt, ChunkStore
 
 from . import store_cases as cases
@@ -242,3 +242,25 @@ def test_swapped_layers_and_groups_are_found(store: ChunkStore) -> None:
     path.write_bytes(good[:header] + swapped + good[header + blob :])
     with pytest.raises(ChunkCorrupt, match="row group 0"):
         cases.read_all(store, key)
+
+
+def test_a_chunk_is_on_disk_before_it_has_its_name(
+    store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is synced, then renamed, then its folder is synced; only then is it listed."""
+    real_sync, real_rename, done = os.fsync, os.rename, []
+
+    def sync(fd: int) -> None:
+        done.append(("sync", Path(f"/proc/self/fd/{fd}").readlink().name))
+        real_sync(fd)
+
+    def rename(a: Path, b: Path) -> None:
+        done.append(("rename", Path(b).name))
+        real_rename(a, b)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    key = cases.put(store, "a", cases.make_chunk(store.model, 40))
+    path = cases.chunk_file(store, key)
+    want = [("sync", temp_path(path).name), ("rename", path.name), ("sync", path.parent.name)]
+    assert [step for step in done if step in want] == want
