@@ -7,6 +7,8 @@ runtime from its store; a policy sees only this.
 from __future__ import annotations
 
 import hashlib
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,9 +18,11 @@ from .eviction import EvictionName, Evictor
 
 
 def content_id_of(token_ids: Sequence[int]) -> str:
-    """Content id of a chunk: 32 hex digits of SHA-256 over its token ids."""
-    data = b"".join(int(t).to_bytes(4, "little") for t in token_ids)
-    return hashlib.sha256(data).hexdigest()[:32]
+    """Content id of a chunk: 32 hex digits of SHA-256 over its token ids, 4 bytes each."""
+    ids = array("I", [*token_ids])
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return hashlib.sha256(ids).hexdigest()[:32]
 
 
 def chain_id(previous: str, content_id: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from cachetune.core.chunk_index import ChunkIndex, chain_id, chunk_key, content_id_of
 from cachetune.core.errors import InvariantViolation
@@ -12,6 +15,15 @@ from support import make_entry
 
 def keys(index: ChunkIndex, *content_ids: str, tenant: str = "") -> list[str | None]:
     return [e.key if e else None for e in index.lookup(content_ids, tenant)]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, bytes, np.array])
+def test_a_content_id_is_of_four_bytes_a_token(kind: Callable[[list[int]], Any]):
+    """SHA-256, little endian; stores on disk are named by it."""
+    assert content_id_of(kind([1, 2, 3])) == "4636993d3e1da4e9d6b8f87b79e8f7c6"
+    assert content_id_of([0, 2**32 - 1]) == "5981693c8df83eea16da42a0f748facb"
+    with pytest.raises(OverflowError):
+        content_id_of([2**32])
 
 
 def test_lookup_answers_chunk_by_chunk():
