@@ -17,7 +17,14 @@ import pytest
 pytest.importorskip("torch", reason="benchmarks run the model")
 
 from cachetune.calibration.ceilings import Sizes
-from cachetune.cli import bench_grid, bench_machine, bench_parts, bench_serve, gpu_suite
+from cachetune.cli import (
+    bench_grid,
+    bench_kernels,
+    bench_machine,
+    bench_parts,
+    bench_serve,
+    gpu_suite,
+)
 from cachetune.cli.gpu_suite import Stamps, Step
 
 from .file_cases import Run
@@ -47,6 +54,26 @@ def test_kernels(run: Run, tmp_path: Path) -> None:
     written = json.loads(out.read_text())
     assert written["path"] == "torch reference" and written["provenance"]["commit"]
     assert {r["case"].split("/")[0] for r in written["rows"]} == {"deviation", "pack"}
+
+
+def test_kernels_that_were_timed_stay_when_the_rest_is_cut_off(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    out, usual = tmp_path / "kernels.json", bench_kernels._rows
+
+    def rows(case: Any, *args: Any) -> list[dict[str, Any]]:
+        if case.name.startswith("pack"):
+            raise KeyboardInterrupt
+        return usual(case, *args)
+
+    monkeypatch.setattr(bench_kernels, "_rows", rows)
+    listed = bench_kernels._cases("cpu", "deviation,pack/token4", 512)
+    monkeypatch.setattr(bench_kernels, "_cases", lambda *_: listed[::-1])
+    status, _, _ = run("bench", "kernels", "--device", "cpu", "--peers", "none", "--out", out)
+    written = json.loads(out.read_text())
+    assert status and {r["case"].split("/")[0] for r in written["rows"]} == {"deviation"}
+    assert [name.split("/")[0] for name in written["missing"]] == ["pack"]
 
 
 SMALL = ("--model", "llama-tiny", "--chunks", 2, "--chunk-tokens", 32, "--device", "cpu")
