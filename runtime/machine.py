@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from ..core.hardware import Device, Provenance
+
+FLOORS = ("core", "kernels", "simulator", "runtime", "calibration", "tuner", "cli")
 
 
 def device_here(compute_threads: int = 1, device: str = "cpu") -> Device:
@@ -65,13 +69,23 @@ def _memory_bytes() -> int:
 
 
 def _commit() -> str:
-    """Short hash; `-dirty` when code differs from it (results a run writes do not count)."""
+    """Short hash; `-dirty` when code differs from it (results a run writes do not count). Where git
+    says nothing, as of a copy without its history, `sources-` and a hash of the code itself."""
     root = Path(__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     changed = _git(root, "status", "--porcelain", "-uno", "--", ".", ":!results")
     if commit is None or changed is None:
-        return "unknown"
+        return f"sources-{sources_hash(root)}"
     return f"{commit}-dirty" if changed else commit
+
+
+@cache
+def sources_hash(root: Path) -> str:
+    """Of the package's modules in `root`, names and contents; 12 digits, the same in any copy."""
+    digest = hashlib.sha256()
+    for path in sorted(p for floor in FLOORS for p in (root / floor).glob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _git(root: Path, *args: str) -> str | None:
