@@ -64,9 +64,7 @@ def command(
     seed: _Seed = 0,
 ) -> None:
     """Serve a burst of requests with short outputs under every policy; continuous batching.
-
-    The result is written after each repeat, so that a run that is ended leaves what it has.
-    """
+    The result is written after each repeat: a run that is ended leaves what it has."""
     from ..calibration import ceilings as limits
     from ..calibration.throughput import hf_seconds, ledgers, plans_at, serve_all
     from ..core.generators import rag_workload
