@@ -36,6 +36,7 @@ COLD = (
     "O_DIRECT leaves out this system's page cache only, so these reads are not proven cold"
 )
 REDIS_BYTES = 64 << 20
+LINKS = {"cpu": (), "cuda": ("host to device",)}
 COLUMNS = (
     "medium",
     "contender",
@@ -106,6 +107,7 @@ def command(
         "n_bytes": size_mib << 20,
         "ceilings": limits.as_json(found),
         "best_of_fio": None,
+        "missing": ["file, O_DIRECT", "file, page cache", "redis", *LINKS[device]],
         "rows": [],
     }
     rows: list[dict[str, Any]] = result["rows"]
@@ -113,6 +115,7 @@ def command(
 
         def keep(more: Sequence[dict[str, Any]]) -> None:
             rows.extend(more)
+            result["missing"].pop(0)
             write_json(out, result)
 
         files = _files(ask, tell)

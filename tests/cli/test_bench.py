@@ -201,10 +201,13 @@ def test_io_keeps_the_media_before_it_was_cut_off(
     out = tmp_path / "io.json"
     args = ("--folder", tmp_path / "disk", "--device", "cpu", "--out", out)
     assert run("bench", "io", *args)[0]
-    assert [row["medium"] for row in json.loads(out.read_text())["rows"]] == ["file, O_DIRECT"]
+    written = json.loads(out.read_text())
+    assert [row["medium"] for row in written["rows"]] == ["file, O_DIRECT"]
+    assert written["missing"] == ["file, page cache", "redis"]
     monkeypatch.setattr(bench_io, "_cached", lambda *_: [])
     monkeypatch.setattr(redis_rates.RedisServer, "start", lambda: None)
     _, err = result(run, "io", *args)
+    assert json.loads(out.read_text())["missing"] == []
     assert "neither redis-server nor valkey-server" in err
 
 
