@@ -84,12 +84,14 @@ def check(
     device: str = "",
     on_predicted: Callable[[Prediction], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    keep: Callable[[list[Point], dict[OpKind, float]], object] | None = None,
 ) -> tuple[list[Point], dict[OpKind, float]]:
     """Draw; predict as calibrated; then interleaved, for each repeat: predict it, measure it.
 
     Args:
         device: as of `open_runner`.
         on_predicted: is handed each prediction before its schedule runs.
+        keep: is handed what there is after each round, from the second on.
 
     Returns:
         The points, and by kind the time ops took while checking over what the profile says.
@@ -120,6 +122,14 @@ def check(
                         factors.setdefault(kind, []).append(factor)
                 if progress is not None:
                     progress("held-out", turn * len(held) + i + 1, len(held) * (n_repeats + 1))
+            if keep is not None and turn > 1:  # A/A needs two repeats
+                keep(*_found(held, factors))
+    return _found(held, factors)
+
+
+def _found(
+    held: Sequence[_Held], factors: Mapping[OpKind, list[float]]
+) -> tuple[list[Point], dict[OpKind, float]]:
     return [one.point for one in held], {kind: median(found) for kind, found in factors.items()}
 
 

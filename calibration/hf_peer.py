@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def peers_of(device: str) -> tuple[str, ...]:
-    """Ways to run it; on Hopper cuDNN's attention is faster than what PyTorch picks."""
+    """Ways to run it; cuDNN's attention is the fastest on Hopper, and PyTorch may pick another."""
     return ("hf generate", "hf generate, cuDNN") if device == "cuda" else ("hf generate",)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from ..core.units import KIB, MIB
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..kernels.stopwatch import Spread
 
 PIECE_BYTES = (8 * KIB, 16 * KIB, 24 * KIB, 64 * KIB, 256 * KIB, 2 * MIB, 16 * MIB)
@@ -51,6 +53,11 @@ class Pieces:
         return SMALL_GOALS if self.piece_bytes <= SMALL_BYTES else LARGE_GOALS
 
 
+def pieces(pages: Tensor, size: int) -> Tensor:
+    """uint8 pages as `[n, size]`; what is left behind the last whole piece is left out."""
+    return pages[: pages.numel() // size * size].view(-1, size)
+
+
 def host_to_device(total_bytes: int = TOTAL_BYTES) -> list[Pieces]:
     """Scattered pieces of pinned memory, every size by every path."""
     import torch
@@ -63,8 +70,9 @@ def host_to_device(total_bytes: int = TOTAL_BYTES) -> list[Pieces]:
     out = torch.zeros(total_bytes, dtype=torch.uint8, device="cuda")
     found = []
     for size in PIECE_BYTES:
-        table, target = source.view(-1, size), out.view(-1, size)
+        target = pieces(out, size)
         # Every second piece: neighbours would be one copy for the engine.
+        table = pieces(source, size)[: 2 * len(target)]
         rows = 2 * torch.randperm(len(target))
         for path in PATHS:
             took = seconds_of([partial(gather_host, table, rows, target, path)], "cuda")

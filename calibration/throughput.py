@@ -6,6 +6,7 @@ loads are hidden or not, and all else (decode, heads, hand-overs) takes what the
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..runtime.runner import Runner
     from ..runtime.tiers import TierConfig
     from .ceilings import Ceiling
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,8 +79,13 @@ def serve_all(
     tier: str,
     n_repeats: int,
     progress: Progress | None = None,
+    keep: Callable[[list[Served], dict[str, Preparation]], None] | None = None,
 ) -> tuple[list[Served], dict[str, Preparation]]:
-    """Serve the workload under every plan, interleaved; the first turn warms up."""
+    """Serve the workload under every plan, interleaved; the first turn warms up.
+
+    Args:
+        keep: is handed what there is after each turn that counts.
+    """
     preparations: dict[str, Preparation] = {}
     rows = [Served(label, plan) for label, plan in plans.items()]
     for row in rows:
@@ -92,6 +100,8 @@ def serve_all(
                 _note(row, timeline, wall_s, workload, runner.spec)
             if progress is not None:
                 progress("throughput", turn * len(rows) + i + 1, (n_repeats + 1) * len(rows))
+        if turn and keep is not None:
+            keep(rows, preparations)
     return rows, preparations
 
 
@@ -113,14 +123,19 @@ def _note(
 def hf_seconds(runner: Runner, workload: Workload, n_requests: int) -> list[float]:
     """Hugging Face `generate`, one request after another: seconds of each, after a warm-up.
 
-    Without one a GPU's libraries would plan, within the time, for each length of the keys.
+    Without one a GPU's libraries would plan, within the time, for each length of the keys. Empty
+    where they refuse, which is told.
     """
     from .hf_peer import generate_ms
 
     found = []
     for request in (workload.requests[0], *workload.requests[:n_requests]):
         alone = workload.replace(requests=(request,))
-        ms = generate_ms(runner.loaded, alone, "hf generate", request.output_tokens)
+        try:
+            ms = generate_ms(runner.loaded, alone, "hf generate", request.output_tokens)
+        except RuntimeError as e:  # no plan for this shape, no memory left
+            log.warning("hf generate did not run: %s", str(e).strip().partition("\n")[0])
+            return []
         found.append(ms / 1e3)
     return found[1:]
 

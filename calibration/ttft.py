@@ -6,6 +6,7 @@ and threads, interleaved in the same run. Ideals come from the limits of that ru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -26,9 +27,12 @@ from .ledgers import (
 from .probes import Library, Probe, Shape, plan_with
 
 if TYPE_CHECKING:
+    from ..core.workload import Workload
     from ..runtime.runner import Runner
     from ..runtime.tiers import TierConfig
     from .ceilings import Ceiling
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,6 +64,8 @@ class Measured:
     rows: list[Row]
     peer_ms: dict[str, list[float]]
     preparations: dict[str, Preparation]
+    peer_trouble: dict[str, str] = field(default_factory=dict)
+    """Peers that did not run here, and why."""
 
     def baseline_ms(self, ledger: str) -> float:
         """The fastest full prefill of the run, ours taken as `ttft_ms` or `path_ms`."""
@@ -89,9 +95,14 @@ def measure_tier(
     n_repeats: int,
     device: str = "cpu",
     progress: Progress | None = None,
+    keep: Callable[[Measured], None] | None = None,
     **knobs: object,
 ) -> Measured:
-    """Rows of `policies` in one tier and the peers' times, interleaved; the first turn warms up."""
+    """Rows of `policies` in one tier and the peers' times, interleaved; the first turn warms up.
+
+    Args:
+        keep: is handed what there is after each turn that counts.
+    """
     workload = Library(runner.spec, 0).workload(shape)
     plans = policy_plans(ratio, shape.chunk_tokens, **knobs)
     wanted = [BASELINE, *(p for p in policies if p != BASELINE)]
@@ -104,21 +115,35 @@ def measure_tier(
         policy = probe.plan.policy
         share = {"full_recompute": 1.0, "full_reuse": 0.0, "prefix_cache": 0.0}.get(policy, ratio)
         rows.append(Row(policy, tier, share, work, contents))
-    peer_ms: dict[str, list[float]] = {name: [] for name in peers_of(device)}
-    total = (n_repeats + 1) * (len(rows) + len(peer_ms))
+    measured = Measured(rows, {name: [] for name in peers_of(device)}, preparations)
+    total = (n_repeats + 1) * (len(rows) + len(measured.peer_ms))
+    done = 0
     for turn in range(n_repeats + 1):
-        for i, name in enumerate(peer_ms):
-            elapsed = generate_ms(runner.loaded, workload, name)
-            if turn:
-                peer_ms[name].append(elapsed)
-            _tell(progress, tier, turn * (total // (n_repeats + 1)) + i + 1, total)
-        for i, (row, probe) in enumerate(zip(rows, probes, strict=True)):
+        for name in list(measured.peer_ms):
+            elapsed = _peer_ms(measured, runner, workload, name)
+            if turn and elapsed is not None:
+                measured.peer_ms[name].append(elapsed)
+            _tell(progress, tier, done := done + 1, total)
+        for row, probe in zip(rows, probes, strict=True):
             run = run_on_path(runner, probe)
             if turn:
                 row.runs.append(run)
-            at = turn * (total // (n_repeats + 1)) + len(peer_ms) + i + 1
-            _tell(progress, tier, at, total)
-    return Measured(rows, peer_ms, preparations)
+            _tell(progress, tier, done := done + 1, total)
+        if turn and keep is not None:
+            keep(measured)
+    return measured
+
+
+def _peer_ms(measured: Measured, runner: Runner, workload: Workload, name: str) -> float | None:
+    """A peer's time; one whose libraries refuse is left out from then on, and that is told."""
+    try:
+        return generate_ms(runner.loaded, workload, name)
+    except RuntimeError as e:  # no plan for this shape, no memory left
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+    log.warning("%s did not run, and is no baseline: %s", name, why)
+    measured.peer_trouble[name] = why
+    del measured.peer_ms[name]
+    return None
 
 
 def _tell(progress: Progress | None, tier: str, done: int, total: int) -> None:

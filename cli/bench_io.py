@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ COLD = (
     "O_DIRECT leaves out this system's page cache only, so these reads are not proven cold"
 )
 REDIS_BYTES = 64 << 20
+LINKS = {"cpu": (), "cuda": ("host to device",)}
 COLUMNS = (
     "medium",
     "contender",
@@ -74,7 +75,10 @@ def command(
     out: _Out = None,
     seed: _Seed = 0,
 ) -> None:
-    """Measure reads of the chunk store against fio's O_DIRECT rate of the same run."""
+    """Measure reads of the chunk store against fio's O_DIRECT rate of the same run.
+
+    The result is written after each medium, so that a run that is ended leaves what it has.
+    """
     import shutil
 
     from ..calibration import ceilings as limits
@@ -93,15 +97,8 @@ def command(
     found = limits.measure(device, folder)
     print_table(limits.as_rows(found), limits.COLUMNS, f"limits of this run, {device_name(device)}")
     ask = _Ask(folder, size_mib << 20, threads, request_kib << 10, rounds, seconds)
-    with progress_bar() as tell:
-        files, cached, remote = _files(ask, tell), _cached(ask, tell), _redis(ask, tell)
-    rows = _file_rows(files, found)
-    rows += [_row(s, "file, page cache", found["device_copy"]) for s in cached]
-    rows += [_row(s, "redis", found["loopback"]) for s in remote]
-    if device == "cuda":
-        rows += _link_rows(found)
-    storage, best = storage_of(folder), _headline(files)
-    result = {
+    storage = storage_of(folder)
+    result: dict[str, Any] = {
         "provenance": provenance(seed, device),
         "device": device_name(device),
         "storage": storage,
@@ -109,10 +106,25 @@ def command(
         "request_bytes": request_kib << 10,
         "n_bytes": size_mib << 20,
         "ceilings": limits.as_json(found),
-        "best_of_fio": best,
-        "rows": rows,
+        "best_of_fio": None,
+        "missing": ["file, O_DIRECT", "file, page cache", "redis", *LINKS[device]],
+        "rows": [],
     }
-    write_json(out, result)
+    rows: list[dict[str, Any]] = result["rows"]
+    with progress_bar() as tell:
+
+        def keep(more: Sequence[dict[str, Any]]) -> None:
+            rows.extend(more)
+            result["missing"].pop(0)
+            write_json(out, result)
+
+        files = _files(ask, tell)
+        best = result["best_of_fio"] = _headline(files)
+        keep(_file_rows(files, found))
+        keep([_row(s, "file, page cache", found["device_copy"]) for s in _cached(ask, tell)])
+        keep([_row(s, "redis", found["loopback"]) for s in _redis(ask, tell)])
+        if device == "cuda":
+            keep(_link_rows(found))
     print_table(rows, COLUMNS, f"reads, requests of {request_kib} KiB")
     note(f"{result['cold']}")
     note(f"result: {out}")
@@ -188,9 +200,11 @@ def _redis(ask: _Ask, tell: Progress) -> list[Series]:
     from ..calibration.io_rates import Series, by_threads, run_rounds, store_reader
     from ..calibration.redis_rates import RedisServer, redis_reader
     from ..runtime.tiers import TierConfig
+    from .console import warn
 
     server = RedisServer.start()
     if server is None:
+        warn("neither redis-server nor valkey-server is installed: no rates of a server")
         return []
     with server:
         get = redis_reader(server.port, REDIS_VALUES)

@@ -34,7 +34,10 @@ def command(
     out: _Out = None,
     seed: _Seed = 0,
 ) -> None:
-    """Time the kernels against limits and peers of the same run; wrong ones get no speed."""
+    """Time the kernels against limits and peers of the same run; wrong ones get no speed.
+
+    The result is written after each case, so that a run that is ended leaves what it has.
+    """
     from ..calibration import ceilings as limits
     from ..core.errors import CacheTuneError
     from ..core.record import check_writable, write_json
@@ -54,18 +57,21 @@ def command(
     found = limits.measure(device)
     print_table(limits.as_rows(found), limits.COLUMNS, f"limits of this run, {device_name(device)}")
     ceilings = _ceilings(found)
-    rows = []
-    for case, first in progress(cases, "cases"):
-        wanted = peers == "all" or (peers == "first" and first)
-        rows += _rows(case, device, ceilings, wanted, repeats)
+    rows: list[dict[str, Any]] = []
+    missing = [case.name for case, _ in cases]
     result = {
         "provenance": provenance(seed, device),
         "device": device_name(device),
         "path": "triton" if device == "cuda" else "torch reference",
         "ceilings": limits.as_json(found),
+        "missing": missing,
         "rows": rows,
     }
-    write_json(out, result)
+    for case, first in progress(cases, "cases"):
+        wanted = peers == "all" or (peers == "first" and first)
+        rows += _rows(case, device, ceilings, wanted, repeats)
+        missing.remove(case.name)
+        write_json(out, result)
     print_table(rows, COLUMNS, "kernels")
     for row in rows:
         if row["trouble"]:

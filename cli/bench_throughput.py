@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..calibration.ledgers import Preparation
+    from ..calibration.throughput import Served
 
 _Model = Annotated[str, typer.Option(help="Hugging Face folder, or a shape with random weights.")]
 _Requests = Annotated[int, typer.Option(min=1, help="Requests, all there at the start.")]
@@ -59,7 +63,8 @@ def command(
     out: _Out = None,
     seed: _Seed = 0,
 ) -> None:
-    """Serve a burst of requests with short outputs under every policy; continuous batching."""
+    """Serve a burst of requests with short outputs under every policy; continuous batching.
+    The result is written after each repeat: a run that is ended leaves what it has."""
     from ..calibration import ceilings as limits
     from ..calibration.throughput import hf_seconds, ledgers, plans_at, serve_all
     from ..core.generators import rag_workload
@@ -84,26 +89,28 @@ def command(
         progress_bar() as tell,
     ):
         found = limits.measure(device, Path(folder), dtype=loaded.spec.dtype, threads=threads)
+        result: dict[str, Any] = {
+            "provenance": provenance(seed, device),
+            "model": loaded.spec.model_dump(mode="json"),
+            "n_params": loaded.spec.n_params,
+            "tier": tier,
+            "n_requests": requests,
+            "n_prompt": chunks * chunk_tokens + SUFFIX_TOKENS,
+            "output_tokens": output_tokens,
+            "prefill_chunk_tokens": prefill_chunk,
+            "io_workers": io_workers,
+            "max_num_seqs": next(iter(plans.values())).max_num_seqs,
+            "repeats": repeats,
+            "ceilings": limits.as_json(found),
+        }
+
+        def keep(served: list[Served], preparations: dict[str, Preparation]) -> None:
+            result["rows"] = ledgers(served, preparations, workload, config, found)
+            write_json(out, result)
+
         with runner(loaded, folder, [config], device, threads) as r:
-            served, preparations = serve_all(r, workload, plans, tier, repeats, tell)
-            hf_s = hf_seconds(r, workload, HF_REQUESTS)
-    rows = ledgers(served, preparations, workload, config, found)
-    result: dict[str, Any] = {
-        "provenance": provenance(seed, device),
-        "model": loaded.spec.model_dump(mode="json"),
-        "n_params": loaded.spec.n_params,
-        "tier": tier,
-        "n_requests": requests,
-        "n_prompt": chunks * chunk_tokens + SUFFIX_TOKENS,
-        "output_tokens": output_tokens,
-        "prefill_chunk_tokens": prefill_chunk,
-        "io_workers": io_workers,
-        "max_num_seqs": next(iter(plans.values())).max_num_seqs,
-        "ceilings": limits.as_json(found),
-        "hf_generate_s": hf_s,
-        "rows": rows,
-    }
-    write_json(out, result)
+            result["hf_generate_s"] = hf_seconds(r, workload, HF_REQUESTS)
+            serve_all(r, workload, plans, tier, repeats, tell, keep)
     _print(result)
     note(f"result: {out}")
 
@@ -125,8 +132,9 @@ def _print(result: dict[str, Any]) -> None:
     title = f"{result['n_requests']} requests of {size}, prefill {result['prefill_chunk_tokens']}"
     print_table(rows, LEDGERS, f"{title}; ledgers 1 to 4")
     print_table(rows, IDEALS, "the ideal of each row, from this run's limits")
-    hf_rps = len(hf_s) / sum(hf_s)
-    note(f"Hugging Face generate, one request at a time: {hf_rps:.4g} requests/s")
+    hf_rps = len(hf_s) / sum(hf_s) if hf_s else None
+    if hf_rps is not None:
+        note(f"Hugging Face generate, one request at a time: {hf_rps:.4g} requests/s")
     print_json_line(
         {
             "command": "bench throughput",

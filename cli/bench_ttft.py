@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..calibration.probes import Shape
+    from ..calibration.ttft import Measured
     from ..runtime.loaded_model import LoadedModel
     from .bench_parts import Parts
 
@@ -133,7 +134,8 @@ def command(
         )
         for part in work.wanted:
             if part in plain:
-                work.measure(part, partial(_plain, run, part, seed), fresh=fresh)
+                keep = partial(_keep, work, part, settings, loaded, out)
+                work.measure(part, partial(_plain, run, part, seed, keep), fresh=fresh)
             elif part == CURVE:
                 work.measure(part, lambda: _curves(run, limited.values(), seed), fresh=fresh)
             else:
@@ -151,8 +153,21 @@ def _check_tiers(tiers: list[str]) -> None:
         raise CacheTuneError(f"--tiers must be of {', '.join(COLD)}", values=", ".join(unknown))
 
 
-def _plain(run: _Run, tier: str, seed: int) -> dict[str, Any]:
-    """One tier as it is: all policies."""
+def _keep(
+    work: Parts, part: str, settings: dict[str, Any], loaded: LoadedModel, out: Path,
+    found: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write what there is of a part under way, which still counts as missing."""
+    from ..core.record import write_json
+
+    missing = [name for name in work.names if name == part or work.kept(name) is None]
+    write_json(out, _result({**work.all(), part: found}, missing, settings, loaded))
+
+
+def _plain(
+    run: _Run, tier: str, seed: int, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """One tier as it is: all policies; what there is of it is kept after each repeat."""
     from dataclasses import asdict
 
     from ..calibration import ceilings as limits
@@ -160,28 +175,32 @@ def _plain(run: _Run, tier: str, seed: int) -> dict[str, Any]:
     from ..runtime.hot_path import hot_path
     from .bench_machine import provenance, runner, tier_of
 
+    plans = policy_plans(run.ratio, run.shape.chunk_tokens, **run.knobs)
+    path = hot_path(run.loaded.spec, plans["cachetune"])
     with tempfile.TemporaryDirectory(prefix="cachetune-") as folder, tier_of(tier) as config:
         found = limits.measure(
             run.device, Path(folder), dtype=run.loaded.spec.dtype, threads=run.threads
         )
         with runner(run.loaded, folder, [config], run.device, run.threads) as r:
+
+            def told(measured: Measured) -> dict[str, Any]:
+                return {
+                    "provenance": provenance(seed, run.device),
+                    "storage": COLD[tier],
+                    "unbuffered": r.store.is_unbuffered(tier),
+                    "hit_of_64_chunks": {**asdict(path), "must_ms": HOT_PATH_MS},
+                    "ceilings": limits.as_json(found),
+                    "peer_ms": measured.peer_ms,
+                    "peer_trouble": measured.peer_trouble,
+                    "baseline_ms": {n: measured.baseline_ms(n) for n in ("ttft_ms", "path_ms")},
+                    "rows": ledgers(measured, plans, config, found),
+                }
+
             measured = measure_tier(
                 r, run.shape, run.ratio, tier, run.policies, run.repeats, run.device, run.tell,
-                **run.knobs,
+                lambda so_far: keep(told(so_far)), **run.knobs,
             )  # fmt: skip
-            unbuffered = r.store.is_unbuffered(tier)
-    plans = policy_plans(run.ratio, run.shape.chunk_tokens, **run.knobs)
-    path = hot_path(run.loaded.spec, plans["cachetune"])
-    return {
-        "provenance": provenance(seed, run.device),
-        "storage": COLD[tier],
-        "unbuffered": unbuffered,
-        "hit_of_64_chunks": {**asdict(path), "must_ms": HOT_PATH_MS},
-        "ceilings": limits.as_json(found),
-        "peer_ms": measured.peer_ms,
-        "baseline_ms": {name: measured.baseline_ms(name) for name in ("ttft_ms", "path_ms")},
-        "rows": ledgers(measured, plans, config, found),
-    }
+            return told(measured)
 
 
 def _curves(run: _Run, rhos: Iterable[float], seed: int) -> dict[str, Any]:
@@ -242,24 +261,33 @@ def _limited(run: _Run, work: Parts, tier: str, rho: float, seed: int) -> dict[s
     }
 
 
-def _finish(work: Parts, settings: dict[str, Any], loaded: LoadedModel, out: Path) -> None:
-    """Write and print all parts that there are."""
-    from ..core.record import write_json
-    from .console import note, print_json_line, print_table
-
-    found = work.all()
+def _result(
+    found: dict[str, dict[str, Any]], missing: list[str], settings: dict[str, Any],
+    loaded: LoadedModel,
+) -> dict[str, Any]:  # fmt: skip
+    """As it is written."""
     n_prompt = settings["chunks"] * settings["chunk_tokens"] + SUFFIX_TOKENS
     whole = settings["prefill_chunk"] >= n_prompt
-    result = {
+    return {
         "model": loaded.spec.model_dump(mode="json"),
         "n_params": loaded.spec.n_params,
         "n_prompt": n_prompt,
         "prefill_chunk_tokens": "whole prompt in one piece" if whole else settings["prefill_chunk"],
         "settings": settings,
         "parts": found,
-        "missing": work.missing(),
+        "missing": missing,
     }
+
+
+def _finish(work: Parts, settings: dict[str, Any], loaded: LoadedModel, out: Path) -> None:
+    """Write and print all parts that there are."""
+    from ..core.record import write_json
+    from .console import note, print_json_line, print_table
+
+    found = work.all()
+    result = _result(found, work.missing(), settings, loaded)
     write_json(out, result)
+    n_prompt = result["n_prompt"]
     rows = [row for part in found.values() if "peer_ms" in part for row in part["rows"]]
     balance = [
         row for name, part in found.items() if name.startswith("rho") for row in part["rows"]
@@ -273,6 +301,8 @@ def _finish(work: Parts, settings: dict[str, Any], loaded: LoadedModel, out: Pat
     if balance:
         print_table(balance, BALANCE, "rate-limited tiers at their balanced ratio")
     for tier, part in found.items():
+        for name, why in part.get("peer_trouble", {}).items():
+            note(f"{tier}: {name} did not run: {why}")
         if (path := part.get("hit_of_64_chunks")) is not None:
             text = f"{path['median_ms']:.2f} ms, at most {path['must_ms']:g} wanted"
             note(f"{tier}: lookup to first op of a hit of {path['n_chunks']} chunks: {text}")

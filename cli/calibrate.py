@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from ..calibration.fidelity import Point
     from ..core.hardware import HardwareProfile
+    from ..core.ops import OpKind
     from ..runtime.loaded_model import LoadedModel
 
 _Model = Annotated[str, typer.Option(help="Hugging Face folder, or a shape with random weights.")]
@@ -139,6 +140,14 @@ def run_check(
 
     predicted = folder / "predicted.jsonl"
     write_atomic(predicted, b"")
+    provenance = provenance_here(seed).model_dump(mode="json")
+
+    def keep(points: list[Point], drift: dict[OpKind, float]) -> dict[str, Any]:
+        summary = fidelity.summarise(points, drift)
+        raw = {"provenance": provenance, "summary": summary, "points": [asdict(p) for p in points]}
+        write_json(folder / "measured.json", raw)
+        return summary
+
     with progress_bar() as tell:
         points, drift = fidelity.check(
             machine,
@@ -150,11 +159,9 @@ def run_check(
             max_tokens=max_tokens,
             on_predicted=lambda found: append_line(predicted, json.dumps(found)),
             progress=tell,
+            keep=keep,
         )
-    summary = fidelity.summarise(points, drift)
-    provenance = provenance_here(seed).model_dump(mode="json")
-    raw = {"provenance": provenance, "summary": summary, "points": [asdict(p) for p in points]}
-    write_json(folder / "measured.json", raw)
+    summary = keep(points, drift)
     note(f"predictions, written before measuring: {predicted}; all values: {folder}/measured.json")
     print_points(points, summary)
     return summary

@@ -149,12 +149,11 @@ def time_case(
     """Ours first, then the peers; what is wrong or cannot run is told and gets no speed."""
     on_gpu = device.startswith("cuda")
     want = case.reference(case.make_inputs(0, device))
-    ours = case.launch if on_gpu else case.reference
     if on_gpu:
-        if not matches(case, ours(case.make_inputs(0, device)), want):
-            yield Trouble(case.name, "ours", "WRONG RESULT, not timed")
+        mine = _time_ours(case, want, device, ceilings, n)
+        yield mine
+        if isinstance(mine, Trouble):
             return
-        yield timing(case, _seconds(case, ours, device, n), ceilings)
     rivals = peers_of(case, device, compiled=peers) if peers or not on_gpu else {}
     found = {
         name: _time_peer(case, name, peer, want, device, ceilings, n)
@@ -165,10 +164,27 @@ def time_case(
         same = [isinstance(found[name], Timing) for name in checks]
         name = REFERENCE if same else f"{REFERENCE}, no peer to check it"
         if all(same):
-            yield timing(case, _seconds(case, ours, device, n), ceilings, name)
+            yield timing(case, _seconds(case, case.reference, device, n), ceilings, name)
         else:
             yield Trouble(case.name, name, "a peer DISAGREES, not timed")
     yield from found.values()
+
+
+def _time_ours(
+    case: KernelCase, want: Sequence[Tensor], device: str, ceilings: Ceilings, n: int
+) -> Timing | Trouble:
+    """A kernel that this GPU refuses is told; the other cases go on."""
+    try:
+        if not matches(case, case.launch(case.make_inputs(0, device)), want):
+            return Trouble(case.name, "ours", "WRONG RESULT, not timed")
+        return timing(case, _seconds(case, case.launch, device, n), ceilings)
+    except Exception as e:
+        return Trouble(case.name, "ours", _refusal(e))
+
+
+def _refusal(e: Exception) -> str:
+    line = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+    return f"did not run: {type(e).__name__}: {line}"
 
 
 def _seconds(case: KernelCase, run: Callable[[Inputs], object], device: str, n: int) -> Spread:
@@ -199,6 +215,5 @@ def _time_peer(
             return Trouble(case.name, name, "WRONG RESULT, not timed")
         took = seconds_of(actions, device, n)
     except Exception as e:
-        line = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
-        return Trouble(case.name, name, f"did not run: {type(e).__name__}: {line}")
+        return Trouble(case.name, name, _refusal(e))
     return timing(case, took, ceilings, name, peer.work)

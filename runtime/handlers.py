@@ -108,7 +108,10 @@ class Handlers:
         spec = self.transformer.spec
         counts = [session.decision.n_loaded(c, op.layer_start, spec.n_layers) for c in op.chunks]
         places = [session.loaded_positions(c, n) for c, n in zip(op.chunks, counts, strict=True)]
-        if spec.is_packed:  # a chunk's last group of codes is not cut: its other rows go nowhere
+        # Codes, and on a device values too, are put together by whole groups: what fills up the
+        # last one of a chunk goes nowhere.
+        by_groups = spec.is_packed or self.device.kind != "cpu"
+        if by_groups:
             places = [F.pad(at, (0, -at.numel() % GROUP_TOKENS), value=-1) for at in places]
         positions = self.device.upload(torch.cat(places))
         for layer in range(op.layer_start, op.layer_stop):
@@ -123,8 +126,9 @@ class Handlers:
             # One call for all chunks: short calls would hold up the compute stream's Python.
             k: Tensor | Packed
             v: Tensor | Packed
-            if spec.is_packed:
-                k, v = LayerRows.joined(staged, layer)
+            if by_groups:
+                join = LayerRows.joined if spec.is_packed else LayerRows.joined_values
+                k, v = join(staged, layer)
             else:
                 kept = zip(*(rows.kept(layer) for rows in staged), strict=True)
                 k, v = (torch.cat(part) for part in kept)

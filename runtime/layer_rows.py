@@ -100,6 +100,15 @@ class LayerRows:
             pieces.append((rows.elements, rows._at_byte[i], n_groups))
         return packed.joined(pieces)
 
+    @staticmethod
+    def joined_values(reads: Sequence[LayerRows], layer: int) -> tuple[Tensor, Tensor]:
+        """As `joined`, of a store that keeps values: K before RoPE and V, [32 * groups, HK, D]
+        each. Two launches for all reads, which on a device cost more than the bytes."""
+        groups = [rows.groups(layer) for rows in reads]
+        shape = groups[0].shape[-2:]
+        k, v = (torch.cat([g[:, half].flatten(1) for g in groups]) for half in (0, 1))
+        return k.view(-1, *shape), v.view(-1, *shape)
+
     def groups(self, layer: int) -> Tensor:
         """View [G, 2, 32, HK, D] of the groups read of `layer`, K then V, nothing copied.
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ..core.hardware import Device, Provenance
 
+FLOORS = ("core", "kernels", "simulator", "runtime", "calibration", "tuner", "cli")
+
 
 def device_here(compute_threads: int = 1, device: str = "cpu") -> Device:
     """The CPU of this machine, or its GPU called `device`, as a device.
@@ -66,12 +68,11 @@ def _memory_bytes() -> int:
 
 
 def source_id(root: Path) -> str:
-    """What stands for the commit where there is no git: `source-` and a hash of the Python files
-    of the package in `root`, by path."""
+    """What stands for the commit where there is no git, as of a copy without its history: `source-`
+    and a hash of the package's modules in `root`, names and contents."""
     digest = hashlib.sha256()
-    for path in sorted((*root.glob("*.py"), *root.glob("*/*.py"))):
-        if path.parent.name not in ("build", "tests"):
-            digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    for path in sorted(p for floor in FLOORS for p in (root / floor).glob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     return f"source-{digest.hexdigest()[:12]}"
 
 

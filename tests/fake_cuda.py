@@ -177,6 +177,12 @@ def plain(x: Any) -> Any:
     return x.as_subclass(Tensor) if isinstance(x, OnDevice) else x
 
 
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What the kernels refuse, and a product of two dtypes, which tensor cores have not."""
+    assert q.dtype == k.dtype == v.dtype, f"{q.dtype} queries, {k.dtype} keys, {v.dtype} values"
+    assert k.stride() == v.stride() and k.stride(2) == 1
+
+
 class FakeCuda(Device):
     """See the module. `kind` is a GPU's, so that everything takes the path of a GPU."""
 
@@ -190,6 +196,7 @@ class FakeCuda(Device):
         self.n_kernels: Counter[str] = Counter()
         self.uploaded_bytes = 0
         self.downloaded_bytes = 0
+        self._capturing = False
 
     @property
     def name(self) -> str:
@@ -202,20 +209,34 @@ class FakeCuda(Device):
     def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
         return there(super().empty(shape, dtype))
 
+    def _refuse_in_capture(self, what: str) -> None:
+        """A graph would replay a copy from or to host memory that is long another's."""
+        assert not self._capturing, f"{what} within a capture"
+
     def upload(self, host: Tensor) -> Tensor:
         assert not isinstance(host, OnDevice), "it is on the device"
+        self._refuse_in_capture("an upload")
         return there(host.clone())
 
     def upload_pages(self, pages: Tensor, ranges: Any) -> Tensor:
+        self._refuse_in_capture("an upload")
         self.uploaded_bytes += sum(size for _, size in ranges)
         return there(super().upload_pages(pages, ranges))
 
     def download(self, here: Tensor) -> Callable[[], Tensor]:
         assert isinstance(here, OnDevice), "it is on the host"
+        self._refuse_in_capture("a download")
         host = plain(here).clone()
-        return lambda: host
+
+        def found() -> Tensor:
+            assert not getattr(_running, "stream", None), "the copy may not have ended yet"
+            return host
+
+        return found
 
     def to_host(self, here: Tensor, why: str) -> Tensor:
+        assert isinstance(here, OnDevice), "it is on the host"
+        self._refuse_in_capture("a download")
         with self.waiting(why):
             found: Tensor = plain(here).clone()
         self.downloaded_bytes += found.nbytes
@@ -226,17 +247,26 @@ class FakeCuda(Device):
         return other.clone()
 
     def synchronise(self, why: str) -> None:
+        assert not getattr(_running, "stream", None), "work on a stream must not wait"
+        self._refuse_in_capture("a wait")
         with self.waiting(why):
             pass
 
     def capture(self, work: Callable[[], None]) -> FakeGraph:
         graph = FakeGraph()
-        with self.waiting("capture"), _Recorder(graph):
-            work()
+        self._capturing = True
+        try:
+            with self.waiting("capture"), _Recorder(graph):
+                work()
+        finally:
+            self._capturing = False
         self.graphs.append(graph)
         return graph
 
     def restore(self, *args: Any) -> None:
+        k_out, v_out, cos, sin = args[3:]
+        assert k_out.stride() == v_out.stride() and k_out.stride(2) == 1
+        assert cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous()
         self._kernel("restore", *args)
 
     def pack(self, *args: Any) -> Packed:
@@ -245,11 +275,14 @@ class FakeCuda(Device):
     def deviation(self, *args: Any) -> Tensor:
         return self._kernel("deviation", *args)
 
-    def decode_attention(self, *args: Any) -> Tensor:
-        return self._kernel("decode_attention", *args)
+    def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+        check_attention(q, k, v)
+        assert args[1].dtype == torch.int32 and len(args[0]) == len(args[1]) == len(q)
+        return self._kernel("decode_attention", q, k, v, *args)
 
     def sparse_attention(self, rows: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
         """With the plan that the Triton kernel needs, made as for it."""
+        check_attention(q, k, v)
         if args[1] not in rows.plans:
             pytest.importorskip("triton")
             from cachetune.kernels.tile_plan import plan_tiles

@@ -7,6 +7,7 @@ from cachetune.calibration import fidelity
 from cachetune.calibration.calibrate import Settings, calibrate
 from cachetune.calibration.fidelity import Point
 from cachetune.calibration.probes import Probe
+from cachetune.core.ops import OpKind
 from cachetune.core.timeline import Timeline
 from cachetune.runtime.loaded_model import random_model
 from cachetune.runtime.runner import Runner
@@ -39,6 +40,13 @@ def test_a_check_predicts_first_and_follows_the_speed(monkeypatch: pytest.Monkey
         return run_once(runner, probe, prepare=prepare)
 
     monkeypatch.setattr(fidelity, "run_once", run)
+    kept: list[int] = []
+
+    def keep(so_far: list[Point], drift: dict[OpKind, float]) -> None:
+        """What a check that is ended leaves is whole."""
+        assert fidelity.summarise(so_far, drift)["n_points"] == N_SCHEDULES
+        kept.extend({len(p.ttft_ms_measured) for p in so_far})
+
     points, drift = fidelity.check(
         fast,
         loaded,
@@ -47,7 +55,9 @@ def test_a_check_predicts_first_and_follows_the_speed(monkeypatch: pytest.Monkey
         n_repeats=N_REPEATS,
         max_tokens=MAX_TOKENS,
         on_predicted=lambda p: events.append(f"{p['repeat']} {p['schedule']}"),
+        keep=keep,
     )
+    assert kept == list(range(2, N_REPEATS + 1))
     names = [p.name for p in points]
     expected = [f"None {name}" for name in names] + [f"run {name}" for name in names]
     for turn in range(1, N_REPEATS + 1):

@@ -6,7 +6,15 @@ import pytest
 
 pytest.importorskip("triton", reason="the gather belongs to its kernel")
 
-from cachetune.calibration.link_rates import LARGE_GOALS, PIECE_BYTES, SMALL_GOALS, Pieces
+import torch
+from cachetune.calibration.link_rates import (
+    LARGE_GOALS,
+    PIECE_BYTES,
+    SMALL_GOALS,
+    TOTAL_BYTES,
+    Pieces,
+    pieces,
+)
 from cachetune.core.units import KIB, MIB
 from cachetune.kernels.stopwatch import Spread
 
@@ -23,3 +31,12 @@ def test_bounds_are_of_small_and_of_large_pieces_by_the_chosen_path() -> None:
     assert {one.ceiling for n, one in by_size.items() if n <= 24 * KIB} == {"h2d_sm"}
     assert {one.ceiling for n, one in by_size.items() if n > 24 * KIB} == {"h2d"}
     assert Pieces(8 * KIB, 4, "copy", took).goals == (None, None)
+
+
+@pytest.mark.parametrize("size", PIECE_BYTES)
+def test_memory_is_cut_into_whole_pieces(size: int) -> None:
+    """24 KiB is no divisor of what is moved."""
+    pages = torch.empty(TOTAL_BYTES, dtype=torch.uint8, device="meta")
+    cut = pieces(pages, size)
+    assert cut.shape == (TOTAL_BYTES // size, size) and cut.is_contiguous()
+    assert 0 <= TOTAL_BYTES - cut.numel() < size

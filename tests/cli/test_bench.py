@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,18 @@ import pytest
 
 pytest.importorskip("torch", reason="benchmarks run the model")
 
+from cachetune.calibration import hf_peer, redis_rates, throughput, ttft
 from cachetune.calibration.ceilings import Sizes
-from cachetune.cli import bench_grid, bench_machine, bench_parts, bench_serve, gpu_suite
+from cachetune.calibration.io_rates import Series
+from cachetune.cli import (
+    bench_grid,
+    bench_io,
+    bench_kernels,
+    bench_machine,
+    bench_parts,
+    bench_serve,
+    gpu_suite,
+)
 from cachetune.cli.gpu_suite import Stamps, Step
 
 from .file_cases import Run
@@ -49,6 +61,26 @@ def test_kernels(run: Run, tmp_path: Path) -> None:
     assert {r["case"].split("/")[0] for r in written["rows"]} == {"deviation", "pack"}
 
 
+def test_kernels_that_were_timed_stay_when_the_rest_is_cut_off(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    out, usual = tmp_path / "kernels.json", bench_kernels._rows
+
+    def rows(case: Any, *args: Any) -> list[dict[str, Any]]:
+        if case.name.startswith("pack"):
+            raise KeyboardInterrupt
+        return usual(case, *args)
+
+    monkeypatch.setattr(bench_kernels, "_rows", rows)
+    listed = bench_kernels._cases("cpu", "deviation,pack/token4", 512)
+    monkeypatch.setattr(bench_kernels, "_cases", lambda *_: listed[::-1])
+    status, _, _ = run("bench", "kernels", "--device", "cpu", "--peers", "none", "--out", out)
+    written = json.loads(out.read_text())
+    assert status and {r["case"].split("/")[0] for r in written["rows"]} == {"deviation"}
+    assert [name.split("/")[0] for name in written["missing"]] == ["pack"]
+
+
 SMALL = ("--model", "llama-tiny", "--chunks", 2, "--chunk-tokens", 32, "--device", "cpu")
 
 
@@ -69,6 +101,68 @@ def test_ttft_prints_four_ledgers_and_goes_on_where_it_stopped(run: Run, tmp_pat
     expected = 1e3 * reused["n_bytes"] / (ceilings["device_copy"]["rate"] / 2)
     assert reused["ideal_load_ms"] == pytest.approx(expected)
     assert set(written["parts"]["dram"]["peer_ms"]) == {"hf generate"}
+
+
+def cut_off_after(n: int, usual: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which at its n-th call is interrupted instead."""
+    calls = count(1)
+
+    def work(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= n:
+            raise KeyboardInterrupt
+        return usual(*args, **kwargs)
+
+    return work
+
+
+def test_ttft_keeps_the_repeats_before_it_was_cut_off(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part is still to be measured."""
+    out = tmp_path / "ttft.json"
+    # Two rows: a warm-up, two repeats, and half of the third.
+    monkeypatch.setattr(ttft, "run_on_path", cut_off_after(8, ttft.run_on_path))
+    args = ("ttft", *SMALL, "--repeats", 5, "--policies", "cachetune", "--tiers", "dram")
+    status, _, _ = run("bench", *args, "--rhos", "", "--out", out)
+    written = json.loads(out.read_text())
+    assert status and written["missing"] == ["dram"]
+    assert [row["n"] for row in written["parts"]["dram"]["rows"]] == [2, 2]
+
+
+def test_ttft_goes_on_without_a_peer_that_cannot_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> float:
+        raise RuntimeError("cuDNN Frontend error: No valid execution plans built.\nmore")
+
+    monkeypatch.setattr(ttft, "generate_ms", refuse)
+    out = tmp_path / "ttft.json"
+    args = ("ttft", *SMALL, "--repeats", 1, "--policies", "cachetune", "--tiers", "dram")
+    _, err = result(run, *args, "--rhos", "", "--out", out)
+    part = json.loads(out.read_text())["parts"]["dram"]
+    why = {"hf generate": "cuDNN Frontend error: No valid execution plans built."}
+    assert part["peer_trouble"] == why and part["peer_ms"] == {}
+    assert "hf generate did not run: cuDNN" in err
+    assert part["rows"][0]["speedup"] == pytest.approx(1.0)
+
+
+def test_throughput_keeps_the_repeats_before_it_was_cut_off(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a peer that cannot run takes nothing else with it."""
+
+    def refuse(*_: Any) -> float:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(hf_peer, "generate_ms", refuse)
+    monkeypatch.setattr(throughput, "_note", cut_off_after(4, throughput._note))
+    out = tmp_path / "throughput.json"
+    args = (*SMALL, "--requests", 2, "--contents", 3, "--output-tokens", 1, "--repeats", 3)
+    policies = ("--policies", "cachetune", "--ratios", "0.5")
+    status, _, _ = run("bench", "throughput", *args, *policies, "--out", out)
+    written = json.loads(out.read_text())
+    assert status and written["repeats"] == 3 and [r["n"] for r in written["rows"]] == [1, 1]
+    assert written["hf_generate_s"] == []
 
 
 def test_throughput(run: Run, tmp_path: Path) -> None:
@@ -96,6 +190,25 @@ def test_io(run: Run, tmp_path: Path) -> None:
     media = {(r["medium"], r["contender"]) for r in written["rows"]}
     assert {("file, O_DIRECT", "store"), ("file, page cache", "store")} <= media
     assert not list((tmp_path / "disk").iterdir())
+
+
+def test_io_keeps_the_media_before_it_was_cut_off(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no server, that is told."""
+    monkeypatch.setattr(bench_io, "_files", lambda *_: [Series("store", 1, [1e9, 2e9])])
+    monkeypatch.setattr(bench_io, "_cached", cut_off_after(1, bench_io._cached))
+    out = tmp_path / "io.json"
+    args = ("--folder", tmp_path / "disk", "--device", "cpu", "--out", out)
+    assert run("bench", "io", *args)[0]
+    written = json.loads(out.read_text())
+    assert [row["medium"] for row in written["rows"]] == ["file, O_DIRECT"]
+    assert written["missing"] == ["file, page cache", "redis"]
+    monkeypatch.setattr(bench_io, "_cached", lambda *_: [])
+    monkeypatch.setattr(redis_rates.RedisServer, "start", lambda: None)
+    _, err = result(run, "io", *args)
+    assert json.loads(out.read_text())["missing"] == []
+    assert "neither redis-server nor valkey-server" in err
 
 
 @pytest.mark.parametrize(

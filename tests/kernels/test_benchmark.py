@@ -99,6 +99,28 @@ def test_a_peer_that_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(told, Trouble) and "no kernel image" in told.why
 
 
+def test_a_kernel_that_the_gpu_refuses_is_told() -> None:
+    """The other cases go on."""
+
+    def refused(x: object) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("out of resource: shared memory, Required: 262144\nmore")
+
+    case = next(c for c in all_cases() if c.tiny and c.kernel == "deviation")
+    want = case.reference(case.make_inputs(0, "cpu"))
+
+    def told(launch: object) -> object:
+        broken = replace(case, launch=launch)  # type: ignore[arg-type]
+        return benchmark._time_ours(broken, want, "cpu", CEILINGS, 3)
+
+    trouble = told(refused)
+    assert isinstance(trouble, Trouble) and trouble.contender == "ours"
+    assert "shared memory" in trouble.why and "more" not in trouble.why
+    assert told(lambda x: tuple(y + 1 for y in want)) == Trouble(
+        case.name, "ours", "WRONG RESULT, not timed"
+    )
+    assert isinstance(told(case.reference), Timing)
+
+
 def test_every_kernel_has_peers_and_fits_when_smaller() -> None:
     assert {c.kernel for c in FULL} == set(peers.BY_KERNEL)
     for case in FULL:

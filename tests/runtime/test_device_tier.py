@@ -15,6 +15,8 @@ from cachetune.core.layout import chunk_bytes
 from cachetune.runtime.chunk_store import ChunkCorrupt, ChunkStore, TierConfig
 from cachetune.runtime.device import Device
 from cachetune.runtime.device_chunks import DeviceMemory
+from cachetune.runtime.layer_rows import LayerRows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import store_cases as cases
 from .model_cases import plan_with
@@ -25,6 +27,19 @@ MODEL = cases.make_model()
 SIZE = chunk_bytes(MODEL, N)
 TIERS = (TierConfig("hbm", "device"), TierConfig("dram", "dram"), TierConfig("file", "file"))
 PLAN = plan_with("cachetune", 0.3)
+
+
+class Launches(TorchDispatchMode):
+    """Operators that are more than another view, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def opened(root: Path, *tiers: TierConfig, devices: DeviceMemory | None = None) -> ChunkStore:
@@ -51,6 +66,24 @@ def test_rows_lie_where_they_are_kept(tmp_path: Path) -> None:
     counters = store.counters
     assert (counters.requests, counters.bytes_read, counters.device_loads) == (0, 0, 0)
     assert counters.reads == 2 and not store._reader._pool._lent
+    store.close()
+
+
+def test_rows_of_several_chunks_are_put_together_by_whole_groups(tmp_path: Path) -> None:
+    """In two launches, however many chunks: hundreds of short ones would outlast their bytes."""
+    store, reads, want = opened(tmp_path), [], []
+    for name, n in (("a", 70), ("b", 32), ("c", 1)):
+        chunk = cases.make_chunk(MODEL, N)
+        reads.append(store.read(cases.put(store, name, chunk, "hbm"), 1, 3, [n, n], cases.REQUEST))
+        want.append(tuple(x[2, chunk.order[:n]] for x in (chunk.k, chunk.v)))
+    with Launches() as launches:
+        found = LayerRows.joined_values(reads, 2)
+    assert launches.names == ["aten.cat.default"] * 2
+    starts = [0, 96, 128]
+    for x, half in zip(found, (0, 1), strict=True):
+        assert x.shape == (160, MODEL.n_kv_heads, MODEL.head_dim) and x.is_contiguous()
+        for start, rows in zip(starts, want, strict=True):
+            assert torch.equal(x[start : start + len(rows[half])], rows[half])
     store.close()
 
 
