@@ -184,3 +184,17 @@ def test_base_install_simulates(checkout: Path, tmp_path: Path) -> None:
         code = f"{FORBID}\nfrom cachetune.cli.main import main\nmain({args!r})\n"
         assert call("-c", code, cwd=tmp_path, path=checkout / ".typing").stdout
     assert (tmp_path / "trace.json").stat().st_size
+
+
+def test_tests_run_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    """pytest would import the root's `__init__.py` by the name of its folder."""
+    root = tmp_path / "cache-tune"
+    (root / "tests").mkdir(parents=True)
+    for name in ("__init__.py", "pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "tests" / "test_one.py").write_text("def test_one():\n    assert True\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-800:]
