@@ -143,8 +143,8 @@ def _assumptions() -> list[str]:
         "carried grows by at most 5 % of the time, in the mean of all samples",
         "conversations are judged once about as many are under way as later (95 % of the turns)",
         "dollars per million tokens count prompt and output together",
-        "a pipeline's stages have equally many layers and are never idle; memory is that of the "
-        "first or last, with the embedding or the head",
+        "a pipeline's stages have equally many layers and a batch each, begun together; memory is "
+        "that of the first or last, with the embedding or the head",
         "quality of answers is not simulated: hold the policy and ratio against its measurement",
     ]
 
