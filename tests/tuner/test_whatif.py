@@ -238,6 +238,7 @@ def test_every_knob_changes_what_it_says(catalogue: Catalogue, model: ModelSpec)
         changed = change.apply(question, base, catalogue)
         assert changed != (question, base)
         assert (changed[0] != question) == (change.knob == "shared")
+    assert changes("format=int4")[0].knob == "stored", "as the option is called"
     assert len(default_changes(base)) >= 8
     for bad in ("stored=int3", "ratio=2", "ratio=x", "gpu=H100", "n_gpus=0", "colour=red", "disk="):
         with pytest.raises(CacheTuneError):
