@@ -337,6 +337,22 @@ def test_a_closed_loop_shows_the_rate_of_its_users_alone(
     assert row["capacity_rps"] < 1.0 and "the trace is too short" in row["note"]
 
 
+@pytest.mark.parametrize("n", [1, 2, 30])
+def test_a_trace_of_few_requests_shows_no_rate_that_it_ends_before(
+    n: int, candidate: Candidate, model: ModelSpec, tmp_path: Path
+):
+    """However closely they come: without this the capacity was 1e5 requests/s, for nothing."""
+    write_trace(rag_table(n, Arrivals(rate_rps=1.0), passages=20), tmp_path / "few.jsonl")
+    few = traffic_of(str(tmp_path / "few.jsonl"))
+    slo = Slo(ttft_ms=60_000, tpot_ms=1000)
+    question = Question(model=model, slo=slo, traffic=few, seeds=(0,), kernel_band=False)
+    row = plan(task_of(question, candidate))
+    assert row["at_least"] and row["capacity_rps"] == pytest.approx(max(n / 60, few.rate_rps or 0))
+    assert 1e-4 < row["usd_per_mtok"] < 1e3
+    assert row["note"].startswith(("runs are too short", "at least"))
+    assert ("no more" in row["note"]) == row["note"].startswith("runs are too short")
+
+
 def test_runs_in_which_most_requests_meet_are_called_too_short(
     candidate: Candidate, model: ModelSpec
 ):
