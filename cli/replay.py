@@ -82,6 +82,7 @@ def command(
     from ..core.model_presets import model_of
     from ..core.record import check_writable
     from ..core.workload import Slo
+    from .console import warn
     from .replay_snapshot import check_one_replica
     from .whatif_options import candidates, level, of_classes
 
@@ -103,6 +104,9 @@ def command(
     chosen.check_fits(spec, rows, longest)
     classes = of_classes(class_slo or [], priority, table.classes)
     fleet = chosen.fleet(spec, asked, replicas).with_classes(*classes)
+    if fleet.replica.tiers and eviction == "belady" and replicas > 1 and "affinity" not in router:
+        warn(f"belady knows who asks for a chunk next, not on which replica: {router} may send it "
+             "to another, so this is no bound; chunk_affinity makes it one")  # fmt: skip
     result, cpu_s = _served(table, fleet, chosen.cost(spec), snapshot, life, seed)
     _write_files(result, out, life, trace, snapshot_out)
     _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)
