@@ -228,9 +228,10 @@ def _requests(path: Path) -> list[dict[str, Any]]:
             ) from None
         for key in ("input_toks", "output_toks", "arrival_time", *TIMES):
             value = row.get(key) if isinstance(row, dict) else None
-            if not isinstance(value, int | float) or (key.endswith("_toks") and value < 1):
+            is_number = type(value) in (int, float) and np.isfinite(value)
+            if not is_number or (key.endswith("_toks") and value < 1):
                 raise WorkloadError(
-                    f"{path} line {number}: {key} must be a number"
+                    f"{path} line {number}: {key} must be a finite number"
                     + (" of at least 1" if key.endswith("_toks") else ""),
                     values=repr(value),
                     remedy="leave out requests that did not finish",
