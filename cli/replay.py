@@ -81,10 +81,11 @@ def command(
     from ..core.catalogue import load_catalogue
     from ..core.model_presets import model_of
     from ..core.record import check_writable
+    from ..core.trace_ticks import tick_s
     from ..core.workload import Slo
     from .console import warn
     from .replay_snapshot import check_one_replica
-    from .whatif_options import candidates, level, of_classes
+    from .whatif_options import candidates, level, of_classes, warn_of_ticks
 
     chrome = trace if life is not None else None
     check_writable(out, chrome, snapshot_out, inputs=[file, catalogue, snapshot])
@@ -99,6 +100,7 @@ def command(
     ))  # fmt: skip
     spec, asked = model_of(model), Slo(**level(slo, share=False)[0])
     table = _read(file, first, scale_rate, ids, drop_empty)
+    warn_of_ticks(tick_s(table))
     _check_row(life, len(table))
     longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
     chosen.check_fits(spec, rows, longest)
