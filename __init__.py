@@ -1,7 +1,9 @@
 """CacheTune: reuse KV cache that is not a prefix, tuned per machine on a calibrated simulator.
 
-The repository root is this package. Floors and their imports: ARCHITECTURE.md. Nothing is imported
-here: pytest loads this file by itself, under the name of whatever folder it lies in.
+The repository root is this package. Floors and their imports: ARCHITECTURE.md.
 """
 
+from .core.errors import CacheTuneError
+
 __version__ = "0.1.0"
+__all__ = ["CacheTuneError", "__version__"]

@@ -7,11 +7,12 @@ engine took the request from its inbox: `arrival_time` is of another clock.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,9 +229,9 @@ def _requests(path: Path) -> list[dict[str, Any]]:
             ) from None
         for key in ("input_toks", "output_toks", "arrival_time", *TIMES):
             value = row.get(key) if isinstance(row, dict) else None
-            if not isinstance(value, int | float) or (key.endswith("_toks") and value < 1):
+            if not _is_finite(value) or (key.endswith("_toks") and value < 1):
                 raise WorkloadError(
-                    f"{path} line {number}: {key} must be a number"
+                    f"{path} line {number}: {key} must be a finite number"
                     + (" of at least 1" if key.endswith("_toks") else ""),
                     values=repr(value),
                     remedy="leave out requests that did not finish",
@@ -245,6 +246,12 @@ def _requests(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise WorkloadError(f"{path} must hold requests", values="none", remedy="run the bench")
     return rows
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < math.inf
 
 
 def _link(path: Path) -> tuple[float, float]:

@@ -46,6 +46,7 @@ class Run:
 
     ttft: Floats
     tpot: Floats
+    """Of requests with more than one token."""
     e2e: Floats
 
 
@@ -75,11 +76,10 @@ def fit_overhead_s(bundle: Bundle, profile: StepProfile) -> float:
     steps hold few sequences of unequal lengths, do not decide.
     """
     real = measured(bundle).tpot
-    several = bundle.n_output > 1
     low, high = OVERHEADS_S
     for _ in range(FIT_STEPS):
         middle = (low + high) / 2
-        ratio = predicted(bundle, profile, middle).tpot[several] / real[several]
+        ratio = predicted(bundle, profile, middle).tpot / real
         if float(np.median(ratio)) < 1:
             low = middle
         else:
@@ -174,6 +174,8 @@ def _known(
     for folder in folders:
         try:
             bundle = read_bundle(folder, workloads)
+            if not (bundle.n_output > 1).any():
+                raise ModelError("some request must have a TPOT", values="one token each")
             known.append((bundle, profile_of(bundle, profiles)))
         except (ModelError, ProfileError) as e:
             left_out.append({"bundle": str(folder), "why": str(e)})
@@ -193,8 +195,9 @@ def find_bundles(root: str | Path) -> list[Path]:
 
 
 def _run(bundle: Bundle, queued: Floats, first: Floats, last: Floats) -> Run:
-    later = np.maximum(bundle.n_output - 1, 1)
-    return Run(ttft=first - queued, tpot=(last - first) / later, e2e=last - queued)
+    later, several = bundle.n_output - 1, bundle.n_output > 1
+    tpot = (last - first)[several] / later[several]
+    return Run(ttft=first - queued, tpot=tpot, e2e=last - queued)
 
 
 def _statistic(values: Floats, name: str) -> float:

@@ -81,9 +81,11 @@ def command(
     from ..core.catalogue import load_catalogue
     from ..core.model_presets import model_of
     from ..core.record import check_writable
+    from ..core.trace_ticks import tick_s
     from ..core.workload import Slo
+    from .console import warn
     from .replay_snapshot import check_one_replica
-    from .whatif_options import candidates, level, of_classes
+    from .whatif_options import candidates, level, of_classes, warn_of_ticks
 
     chrome = trace if life is not None else None
     check_writable(out, chrome, snapshot_out, inputs=[file, catalogue, snapshot])
@@ -98,11 +100,15 @@ def command(
     ))  # fmt: skip
     spec, asked = model_of(model), Slo(**level(slo, share=False)[0])
     table = _read(file, first, scale_rate, ids, drop_empty)
+    warn_of_ticks(tick_s(table))
     _check_row(life, len(table))
     longest = int((table.prompt_tokens.astype(int) + table.output_tokens).max())
     chosen.check_fits(spec, rows, longest)
     classes = of_classes(class_slo or [], priority, table.classes)
     fleet = chosen.fleet(spec, asked, replicas).with_classes(*classes)
+    if fleet.replica.tiers and eviction == "belady" and replicas > 1 and "affinity" not in router:
+        warn(f"belady knows who asks for a chunk next, not on which replica: {router} may send it "
+             "to another, so this is no bound; chunk_affinity makes it one")  # fmt: skip
     result, cpu_s = _served(table, fleet, chosen.cost(spec), snapshot, life, seed)
     _write_files(result, out, life, trace, snapshot_out)
     _report(f"{replicas} x {chosen.name}", result, cpu_s, table.provenance)

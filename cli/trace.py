@@ -26,6 +26,7 @@ _Between = Annotated[str, typer.Option(help="Arrivals from BEGIN:END seconds onl
 _Zero = Annotated[str, typer.Option(help="Requests without output: refuse or drop.")]
 _Block = Annotated[int | None, typer.Option(help="Tokens of a hashed block, if not the usual.")]
 _Rate = Annotated[float | None, typer.Option(help="Poisson arrivals for a file without times.")]
+_Ticks = Annotated[bool, typer.Option(help="Spread requests of one time until the next one.")]
 _Out = Annotated[Path, typer.Option(help="Where the trace is written, JSON lines.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Root of every random stream.")]
 _Rps = Annotated[float, typer.Option(help="Requests (or conversations) per second.")]
@@ -80,16 +81,18 @@ def convert(
     block_tokens: _Block = None,
     ids: options.Ids = "prefix",
     rate_rps: _Rate = None,
+    spread_ticks: _Ticks = False,
     seed: _Seed = 0,
 ) -> None:
     """Read a trace of any format, filter it, write it in ours."""
     from ..core.record import check_writable
+    from ..core.trace_ticks import without_ticks
 
     check_writable(out, inputs=[file])
     table = _read(
         file, format, first, between_s, scale_rate, zero_output, block_tokens, ids, rate_rps, seed
     )
-    _write(table, out)
+    _write(without_ticks(table, seed) if spread_ticks else table, out)
 
 
 @make.command()

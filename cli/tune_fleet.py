@@ -74,7 +74,7 @@ def command(
     from ..core.workload import Slo
     from ..tuner.trace_study import StudyQuestion
     from ..tuner.traffic import rate_of, traffic_of
-    from .whatif_options import level, with_prices
+    from .whatif_options import level, warn_of_ticks, with_prices
 
     rows = with_prices(load_catalogue(catalogue), price or [])
     check_writable(out, inputs=[trace, catalogue])
@@ -88,6 +88,7 @@ def command(
     }, rows)  # fmt: skip
     spec = model_of(model)
     traffic = traffic_of(trace, ids=ids, zero_output="drop" if drop_empty else "refuse")
+    warn_of_ticks(traffic.tick_s)
     table = traffic.table(requests or traffic.n_whole or DEFAULT_REQUESTS, 1.0, seed)
     fields: dict[str, Any] = {
         "model": spec, "traffic": traffic, "slo": Slo(**service), "n_requests": len(table),

@@ -13,7 +13,8 @@ def validate_bundles(data: Path, out: Path | None = None, profiles: Path | None 
         data: a folder of bundles; or one that holds `bench`, `profiles` and, if at hand, the
             prompts that were sent in `workloads`.
         out: where the result is written as JSON.
-        profiles: the tree of operator profiles; `data/profiles` unless given.
+        profiles: the tree of operator profiles; unless given `profiles`, or LLMServingSim's
+            `profiler/perf`, in `data` or a folder above it.
     """
     from ..calibration.end_to_end import find_bundles, validate
     from ..core.record import check_writable
@@ -24,7 +25,7 @@ def validate_bundles(data: Path, out: Path | None = None, profiles: Path | None 
     workloads = data / "workloads"
     rows, left_out = validate(
         find_bundles(bench),
-        profiles or data / "profiles",
+        profiles or _profiles_near(data),
         workloads if workloads.is_dir() else None,
     )
     for row in rows:
@@ -37,6 +38,13 @@ def validate_bundles(data: Path, out: Path | None = None, profiles: Path | None 
     _report(
         rows, [*columns, "met", "overhead_ms", "fitted_on"], "end to end", "bundles", out, left_out
     )
+
+
+def _profiles_near(data: Path) -> Path:
+    """The tree of operator profiles in `data` or above, where it may be one run of many."""
+    home = data.resolve()
+    near = (f / name for f in (home, *home.parents[:4]) for name in ("profiles", "profiler/perf"))
+    return next((f for f in near if f.is_dir()), data / "profiles")
 
 
 def validate_silicon(data: Path, out: Path | None = None) -> None:

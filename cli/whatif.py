@@ -80,7 +80,7 @@ def command(
     from ..core.catalogue import load_catalogue
     from ..core.record import check_writable
     from ..tuner.traffic import traffic_of
-    from .whatif_options import candidates, of_classes, with_prices
+    from .whatif_options import candidates, of_classes, warn_of_ticks, with_prices
     from .whatif_run import run
 
     rows = with_prices(load_catalogue(catalogue), price or [])
@@ -92,6 +92,7 @@ def command(
         dram_gib=dram_gib, ratio=ratio, engine=engine, overhead_ms=overhead_ms,
     )  # fmt: skip
     comes = traffic_of(traffic, ids=ids, zero_output="drop" if drop_empty else "refuse")
+    warn_of_ticks(comes.tick_s)
     check_writable(out / "whatif.json")
     levels, first = of_classes(class_slo or [], priority, comes.classes)
     question = _question(model, slo, comes, target_rps, seeds, horizon, max_requests)

@@ -81,6 +81,17 @@ def of_classes(
     return slo, first
 
 
+def warn_of_ticks(tick_s: float | None) -> None:
+    """Say of a trace with a coarse clock what becomes of its bursts."""
+    from .console import warn
+
+    if tick_s is not None:
+        warn(
+            f"the trace's clock ticks every {tick_s:.3g} s, and requests of a tick come at once at "
+            "any rate; `cachetune trace convert --spread-ticks` spreads them"
+        )
+
+
 def with_prices(catalogue: Catalogue, prices: Sequence[str]) -> Catalogue:
     """The catalogue with `NAME=USD_PER_H` for GPUs, disks or networks.
 

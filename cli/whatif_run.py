@@ -143,8 +143,8 @@ def _assumptions() -> list[str]:
         "carried grows by at most 5 % of the time, in the mean of all samples",
         "conversations are judged once about as many are under way as later (95 % of the turns)",
         "dollars per million tokens count prompt and output together",
-        "a pipeline's stages have equally many layers and are never idle; memory is that of the "
-        "first or last, with the embedding or the head",
+        "a pipeline's stages have equally many layers and a batch each, begun together; memory is "
+        "that of the first or last, with the embedding or the head",
         "quality of answers is not simulated: hold the policy and ratio against its measurement",
     ]
 
@@ -250,12 +250,22 @@ def _write(answer: dict[str, Any], out: Path, n_before: int) -> None:
     write_json(out / "provenance.json", made_by | {"journal_rows_before": n_before})
 
 
+def _remarks(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """What is to be said of candidates, once each, and of which."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        texts = [row["why_not"]] if row["why_not"] else row["note"].split("; ")
+        for text in filter(None, texts):
+            found.setdefault(text, []).append(row["name"])
+    return found
+
+
 def _print(answer: dict[str, Any], out: Path) -> None:
     rows = table(answer["rows"])
     print_table([r for r in rows if not r["why_not"]] or rows, COLUMNS)
-    for row in answer["rows"]:
-        if text := row["why_not"] or row["note"]:
-            note(f"{row['name']}: {text}")
+    for text, who in _remarks(answer["rows"]).items():
+        is_all = len(who) == len(answer["rows"]) > 1
+        note(f"{'every candidate' if is_all else ', '.join(who)}: {text}")
     for text in dict.fromkeys(row.get("no_price", "") for row in answer["rows"]):
         if text:
             warn(text)

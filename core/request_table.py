@@ -19,6 +19,8 @@ from .errors import WorkloadError
 from .units import NS_PER_S
 
 TOKENS_MAX = (1 << 31) - 1
+LAST_NS = 1 << 62
+"""146 years: sums of two times do not overflow."""
 """Lengths are int32."""
 
 
@@ -121,14 +123,21 @@ class RequestTable:
         """The same requests, arriving `rate` times as often; pauses of users stay as they are.
 
         Raises:
-            WorkloadError: `rate` is not a positive number.
+            WorkloadError: `rate` is not a positive number, or so small that times overflow.
         """
         if not 0 < rate < float("inf"):
             raise WorkloadError("a rate is scaled by a positive number", values=str(rate))
-        times = np.rint(self.arrival_ns / rate).astype(np.int64)
+        begins = self.after < 0
+        times = np.where(begins, self.arrival_ns / rate, 0.0)
+        if times.max() >= LAST_NS:
+            raise WorkloadError(
+                "arrivals are within 146 years of 0",
+                values=f"the last at {times.max() / NS_PER_S:.3g} s, at {rate:g} times the rate",
+                remedy="scale the rate by a larger number",
+            )
         return replace(
             self,
-            arrival_ns=np.where(self.after < 0, times, self.arrival_ns),
+            arrival_ns=np.where(begins, np.rint(times).astype(np.int64), self.arrival_ns),
             provenance={**self.provenance, "scale_rate": f"{rate:g}"},
         )
 

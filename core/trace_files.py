@@ -156,6 +156,13 @@ def detect(source: TraceSource) -> str:
             remedy="check the file: it is empty",
         )
     text = text.removeprefix(codecs.BOM_UTF8)
+    if text.lstrip().startswith(b"[") or text.strip() == b"{":
+        raise source.error(
+            line,
+            "each line is one JSON object",
+            f"one that goes over several, or a list: {short(text[:30])}",
+            "write each on a line of its own: jq -c . for one object, jq -c '.[]' for a list",
+        )
     if not text.lstrip().startswith(b"{"):
         names = text.decode("utf-8-sig", "replace").strip().replace('"', "").split(",")
         for format, columns in (("azure", AZURE_COLUMNS), ("burstgpt", BURSTGPT_COLUMNS)):

@@ -11,6 +11,7 @@ from .record import Record
 from .request_table import RequestTable
 from .trace_chains import chained
 from .trace_reuse import Reuse, reuse_of
+from .trace_ticks import tick_s
 from .units import NS_PER_S
 
 WINDOW_S = 60
@@ -51,6 +52,8 @@ class TraceStats(Record):
     """In the busiest minute, or the busiest moment of a shorter trace."""
     gap_cv: float | None
     """Coefficient of variation of the gaps: 1 for Poisson arrivals."""
+    tick_s: float | None
+    """Of a coarse clock, by which most requests come together; else None."""
     prompt_tokens: Spread
     output_tokens: Spread
     chunks: int
@@ -86,6 +89,7 @@ def trace_stats(table: RequestTable) -> TraceStats:
         rate_rps=(len(table) - 1) / duration_s if duration_s else None,
         peak_rate_rps=_peak_rps(nominal),
         gap_cv=_cv(np.diff(nominal)),
+        tick_s=tick_s(table),
         prompt_tokens=_spread(table.prompt_tokens),
         output_tokens=_spread(table.output_tokens),
         chunks=len(table.chunk_tokens),

@@ -2,7 +2,8 @@
 
 The policies are those of `core/eviction.py`, whose victim is found by looking at every chunk; here
 a tier holds hundreds of thousands. `belady` evicts what is needed last again: it reads the future
-of the trace, and bounds what any policy can reach.
+of the trace, and bounds what any policy can reach in a tier that all of it uses. Replicas whose
+router does not look at chunks each have a tier that sees a part, which nobody knows beforehand.
 """
 
 from __future__ import annotations

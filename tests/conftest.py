@@ -1,8 +1,24 @@
-"""Options of the soak tests; here, because pytest reads options of no deeper folder."""
+"""How tests are collected; options of the soak tests, which pytest reads in no deeper folder."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+
+class RootIsAFolder:
+    """The root is the package, which pytest would import under the name of its folder: a checkout
+    in `cache-tune` has none that can be imported. Tests import `cachetune` alone."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+        root = path == parent.config.rootpath
+        return pytest.Dir.from_parent(parent, path=path) if root else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootIsAFolder())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -86,9 +86,8 @@ def files() -> list[Path]:
     found = []
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
-        hidden = any(p.startswith(".") and p != ".ci" for p in parts[:-1])
-        ours = not hidden and parts != (".git",)  # a file, in a worktree
-        foreign = not ours or any(p in NOT_OURS or p.endswith(".egg-info") for p in parts)
+        hidden = any(p.startswith(".") and p != ".ci" for p in parts[:-1]) or path.name == ".git"
+        foreign = hidden or any(p in NOT_OURS or p.endswith(".egg-info") for p in parts)
         if not foreign and path.is_file() and not path.is_symlink():
             found.append(path)
     return sorted(found)

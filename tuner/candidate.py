@@ -197,7 +197,8 @@ class Candidate(Record):
             return tables
         sheet = tables.cost.kernels.sheet
         row_s = ACTIVATION_BYTES * model.hidden_size / sheet.link_bytes_per_s
-        return PipelineCost(tables, self.stages, HOP_S, row_s)
+        batch_tokens = self.engine.max_num_batched_tokens
+        return PipelineCost(tables, self.stages, batch_tokens, HOP_S, row_s)
 
     def tables(self, model: ModelSpec, end: KernelEnd | None = None) -> StepTables:
         """Seconds of the whole model on the GPUs of one stage."""
@@ -208,7 +209,7 @@ class Candidate(Record):
         """Equal replicas of this, with its tiers."""
         limits = ServingLimits(
             max_num_seqs=self.engine.max_num_seqs,
-            max_num_batched_tokens=self.engine.max_num_batched_tokens,
+            max_num_batched_tokens=self.engine.max_num_batched_tokens * self.stages,
             n_blocks=self.memory(model).n_blocks,
             block_size=self.engine.block_tokens,
         )

@@ -36,9 +36,10 @@ class Capacity:
     def closest(self) -> Trial:
         """The trial with the largest share of good requests; then the one that misses least."""
 
-        def near(trial: Trial) -> tuple[float, float, bool, float]:
+        def near(trial: Trial) -> tuple[float, float, bool, float, float]:
             kept = trial.metrics.get("in_ttft", 0.0) + trial.metrics.get("in_tpot", 0.0)
-            return trial.good_share, kept, trial.stable, trial.rate_rps
+            late = trial.metrics.get("ttft_ms_p99", 0.0)
+            return trial.good_share, kept, trial.stable, -late, trial.rate_rps
 
         return max(self.trials, key=near)
 

@@ -106,7 +106,9 @@ def _by_class(
 
 def _metrics(result: ServingResult, judged: NDArray[np.bool_]) -> dict[str, Any]:
     table = result.table
-    span_s = max(float(np.ptp(result.end_ns[judged])) / NS_PER_S, 1e-9)
+    end_ns = result.end_ns[judged]
+    longest_ns = (end_ns - result.arrival_ns[judged]).max()  # of a few, which end together
+    span_s = float(max(np.ptp(end_ns), longest_ns)) / NS_PER_S
     prompt = int(table.prompt_tokens[judged].sum(dtype=np.int64))
     output = int(table.output_tokens[judged].sum(dtype=np.int64))
     loaded = result.loaded_tokens[judged].sum(axis=0) / prompt

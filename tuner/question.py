@@ -100,17 +100,17 @@ class Question(Record):
     def most_rps(self) -> float:
         """The highest rate that runs can show.
 
-        Turns wait for the one before: until as many conversations are under way as later, fewer
-        requests come than the rate says. What is generated may begin with so many; a trace has
-        only its own, and what it shows is sure at the rate at which it was recorded.
+        A trace that is over before its first request is late shows no queue. Turns wait for the
+        one before: until as many conversations are under way as later, fewer requests come than the
+        rate says. What is generated may begin with so many; a trace has only its own, and what it
+        shows is sure at the rate at which it was recorded.
         """
-        ramp_s = self.traffic.ramp_s
-        if not ramp_s:
-            return RATE_MAX_RPS
-        if self.traffic.n_whole is None:
-            return RAMP * self.length.max_requests / ramp_s
+        ramp_s, n_whole = self.traffic.ramp_s, self.traffic.n_whole
+        if n_whole is None:
+            return RAMP * self.length.max_requests / ramp_s if ramp_s else RATE_MAX_RPS
+        shown_s = max(2 * ramp_s, self.longest_ttft_s)
         recorded = self.traffic.rate_rps or 0.0
-        return max(recorded, min(self.length.max_requests, self.traffic.n_whole) / (2 * ramp_s))
+        return min(RATE_MAX_RPS, max(recorded, min(self.length.max_requests, n_whole) / shown_s))
 
     @model_validator(mode="after")
     def _check(self) -> Question:

@@ -25,6 +25,8 @@ KNOBS = (
     "gpu", "n_gpus", "stages", "link", "dram", "dram_gib", "disk", "network", "policy", "stored",
     "weights", "ratio", "shared", "eviction",
 )  # fmt: skip
+ALSO = {"format": "stored"}
+"""Options of the command under another name than the knob's."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def changes(text: str) -> list[Change]:
     found = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         knob, _, value = (p.strip() for p in part.partition("="))
+        knob = ALSO.get(knob, knob)
         if knob not in KNOBS or not value:
             raise CacheTuneError(
                 f"a what-if must be one of {', '.join(KNOBS)}, with a value",

@@ -26,6 +26,7 @@ from ..core.rng import rng
 from ..core.trace_files import read_trace
 from ..core.trace_lines import TraceSource
 from ..core.trace_make import Lengths, chat_table, rag_table
+from ..core.trace_ticks import tick_s
 from ..core.units import NS_PER_S
 
 GENERATORS: dict[str, dict[str, float]] = {
@@ -142,6 +143,11 @@ class Traffic(Record):
     def n_whole(self) -> int | None:
         """Requests of the trace; None of a generator, which has no end."""
         return len(self._recorded) if self.is_trace else None
+
+    @property
+    def tick_s(self) -> float | None:
+        """Of a trace with a coarse clock (`core/trace_ticks.py`)."""
+        return tick_s(self._recorded) if self.is_trace else None
 
     @property
     def is_stationary(self) -> bool:

@@ -153,10 +153,12 @@ def _note(question: Question, candidate: Candidate, found: Capacity) -> str:
     """What a reader should know of a capacity: what the runs could not show, what is not loaded."""
     notes = []
     at = found.at_capacity().metrics
+    is_all = at["n_requests"] == question.traffic.n_whole
     if at["littles_law"][0] > at["n_requests"] / FULL:
         notes += [
             f"runs are too short: {at['littles_law'][0]:.0f} of {at['n_requests']} requests are in "
-            "the system at a time; longer ones may show less, --max-requests makes them"
+            "the system at a time; longer ones may show less, "
+            + ("the trace has no more" if is_all else "--max-requests makes them")
         ]
     elif found.at_least and question.traffic.is_trace:
         notes += ["at least: the trace is too short for its conversations to show a higher rate"]

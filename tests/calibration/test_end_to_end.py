@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def test_overhead_is_found_again(tmp_path: Path) -> None:
         ({"output_toks": 0}, "output_toks"),
         ({"first_token_ts": -1.0}, "backwards"),
         ({"queued_ts": None}, "queued_ts"),
+        ({"arrival_time": float("nan")}, "arrival_time"),
+        ({"last_token_ts": float("inf")}, "last_token_ts"),
     ],
 )
 def test_bad_request_names_its_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
@@ -100,6 +103,23 @@ def test_bad_request_names_its_line(tmp_path: Path, change: dict[str, object], s
     (folder / "requests.jsonl").write_text("\n".join(lines))
     with pytest.raises(WorkloadError, match=f"line 5.*{said}"):
         read_bundle(folder)
+
+
+def test_requests_of_one_token_have_no_tpot(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "gpu" / "m", overhead_s=0.003)
+    path = folder / "requests.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[3] |= {"output_toks": 1, "last_token_ts": rows[3]["first_token_ts"]}
+    path.write_text("\n".join(map(json.dumps, rows)))
+    bundle = read_bundle(folder)
+    assert len(measured(bundle).tpot) == len(bundle.n_output) - 1 == 19
+    found = compare(measured(bundle), predicted(bundle, small_profile(), 0.003))
+    assert all(math.isfinite(row["error"]) for row in found)
+    for row in rows:
+        row |= {"output_toks": 1, "last_token_ts": row["first_token_ts"]}
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(WorkloadError, match="must have a TPOT"):
+        validate([folder], tmp_path)
 
 
 def test_missing_bundle_is_one_line(tmp_path: Path) -> None:

@@ -154,3 +154,11 @@ def test_classes_have_levels_and_priorities_of_their_own(run: Run, tmp_path: Pat
     assert status == 2 and "once for each class" in err
     status, _, err = run("replay", trace, "--class-slo", "chat:ttft_ms=1")
     assert status == 2 and "ttft_ms and tpot_ms" in err
+
+
+def test_belady_warns_where_replicas_make_it_no_bound(run: Run, trace: Path) -> None:
+    status, _, err = run("replay", trace, "--eviction", "belady", "--replicas", 2)
+    assert status == 0 and "no bound" in err
+    for argv in (("--router", "chunk_affinity"), ("--replicas", 1), ("--policy", "full_recompute")):
+        _, _, err = run("replay", trace, "--eviction", "belady", "--replicas", 2, *argv)
+        assert "no bound" not in err, argv

@@ -11,6 +11,8 @@ from cachetune.cli import trace as cli_trace
 from cachetune.core.errors import CacheTuneError, WorkloadError
 from cachetune.core.trace_files import read_trace
 
+from .file_cases import Run
+
 ROWS = "".join(
     json.dumps({"timestamp": 500 * i, "input_length": 1024, "output_length": i, "hash_ids": [0, i]})
     + "\n"
@@ -95,3 +97,19 @@ def test_a_trace_is_not_written_over_its_source(capsys: pytest.CaptureFixture[st
     with pytest.raises(CacheTuneError, match="not written over an input"):
         run(capsys, "convert", trace, "--out", trace.parent / "." / trace.name)
     assert trace.read_text() == ROWS
+
+
+def test_a_coarse_clock_is_told_and_spread_on_request(run: Run, tmp_path: Path) -> None:
+    """Mooncake's: ten requests every three seconds, which no rate keeps apart."""
+    path, spread = tmp_path / "ticks.jsonl", tmp_path / "spread.jsonl"
+    row = {"input_length": 700, "output_length": 2, "hash_ids": [1, 2]}
+    rows = [json.dumps({"timestamp": 3000 * (i // 10), **row}) for i in range(60)]
+    path.write_text("\n".join(rows))
+    assert json.loads(run("trace", "stats", path)[1].splitlines()[-1])["tick_s"] == 3
+    before = run("replay", path)
+    assert "ticks every 3 s" in before[2] and "--spread-ticks" in before[2]
+    assert run("trace", "convert", path, "--spread-ticks", "--out", spread)[0] == 0
+    after = run("replay", spread)
+    assert after[0] == 0 and "ticks" not in after[2]
+    late = [json.loads(out.splitlines()[-1])["ttft_ms_mean"] for _, out, _ in (before, after)]
+    assert late[1] < late[0] / 2

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from cachetune.cli import main
 from cachetune.cli.console import progress_bar
-from cachetune.cli.whatif_run import _answer
+from cachetune.cli.whatif_run import _answer, _remarks
 from cachetune.core.model_presets import model_preset
 from cachetune.core.workload import Slo
 from cachetune.tuner.question import Question
@@ -214,6 +214,16 @@ def test_what_costs_the_same_is_not_called_cheaper():
     question = Question(model=model_preset("Llama-3.1-8B"), slo=slo, traffic=traffic, target_rps=15)
     assert _answer(question, [sure, same], sure, [])["aside"] == ""
     assert _answer(question, [sure, less], sure, [])["aside"].startswith("Cheaper, if")
+
+
+def test_what_is_true_of_every_candidate_is_said_once():
+    rows = [
+        {"name": "a", "why_not": "", "note": "of all; of a"},
+        {"name": "b", "why_not": "", "note": "of all"},
+        {"name": "c", "why_not": "does not fit; would fit: d", "note": ""},
+    ]
+    said = {"of all": ["a", "b"], "of a": ["a"], "does not fit; would fit: d": ["c"]}
+    assert _remarks(rows) == said
 
 
 def test_a_machine_without_a_price_is_answered_without_cost(run: Run, tmp_path: Path):

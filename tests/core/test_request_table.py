@@ -87,6 +87,11 @@ def test_taken_rows_keep_what_they_are():
         table.take(np.zeros(0, np.int64))
 
 
+def test_a_rate_so_low_that_times_overflow_is_refused():
+    with pytest.raises(WorkloadError, match="within 146 years"):
+        make_table().scaled(1e-18)
+
+
 def test_a_scaled_rate_moves_arrivals_only():
     table = make_table().scaled(2.0)
     assert table.arrival_ns.tolist() == [5, 10, 5, 7]

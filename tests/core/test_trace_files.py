@@ -185,7 +185,8 @@ def test_filters(tmp_path: Path):
     ("format", "text", "message"),
     [
         ("mooncake", '{"timestamp": 0, "input_le', "one JSON object"),
-        ("mooncake", "[1]\n", "first line shows the format"),
+        ("mooncake", "[1]\n", "goes over several, or a list.*jq -c"),
+        ("vllm_bench", '{\n "input_lens": [1]\n}\n', "goes over several, or a list.*jq -c"),
         ("mooncake", "", "at least one request, got 0 in"),
         ("azure", "a,b\n", "first line shows the format"),
         ("azure", samples.AZURE + "2023-11-16 18:17:05,5\n", "3 columns, got 2 in line 4"),

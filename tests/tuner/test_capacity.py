@@ -131,6 +131,16 @@ def test_a_level_that_nothing_meets_says_what_is_closest():
     assert closest.good_share == max(t.good_share for t in found.trials)
 
 
+def test_where_no_request_is_good_the_closest_is_the_one_that_is_least_late():
+    def hopeless(rate_rps: float, seed: int) -> Trial:
+        late = {"in_ttft": 0.0, "in_tpot": 0.0, "ttft_ms_p99": 300 + 900 * rate_rps}
+        return replace(told(rate_rps, seed, np.zeros(100, bool)), metrics=late)
+
+    found = find_capacity(hopeless, 0.99, [0])
+    assert found.rate is None
+    assert found.closest().rate_rps == min(t.rate_rps for t in found.trials) < 0.1
+
+
 def test_a_table_is_rebuilt_from_what_was_written_and_bad_arguments_are_refused():
     found = find_capacity(mm1(1.0, 500), 0.9, [3, 4])
     rows = [{**vars(t), "good": list(t.good), "judged": list(t.judged)} for t in found.trials]

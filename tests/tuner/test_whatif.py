@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 from cachetune.core.arrivals import Arrivals, closed_loop
 from cachetune.core.catalogue import Catalogue, load_catalogue
 from cachetune.core.errors import CacheTuneError, ProfileError
-from cachetune.core.layout import chunk_bytes
 from cachetune.core.machine_spec import compose
 from cachetune.core.memory_sum import NCCL_BYTES
 from cachetune.core.model_presets import model_preset
@@ -26,7 +24,6 @@ from cachetune.simulator.gpu_sheet import gpu_sheet
 from cachetune.tuner.candidate import (
     HOST_BYTES,
     Candidate,
-    StoredFormat,
     data_sheet_of,
     kernels_of,
     sheet_of,
@@ -234,15 +231,6 @@ def test_the_ends_of_the_kernels_hold_their_middle(candidate: Candidate, model: 
     assert other / one > 1.5 * high / low  # nobody measured it: the interval says so
 
 
-@pytest.mark.parametrize("stored", get_args(StoredFormat))
-def test_a_stored_token_takes_what_the_store_lays_out(
-    catalogue: Catalogue, model: ModelSpec, stored: StoredFormat
-):
-    candidate = Candidate(machine=compose(catalogue, "H100-SXM"), stored=stored)
-    kept = model.stored_as("native" if stored == "bf16" else stored)
-    assert candidate.kv_bytes_per_token(model) == pytest.approx(chunk_bytes(kept, 32768) / 32768)
-
-
 def test_every_knob_changes_what_it_says(catalogue: Catalogue, model: ModelSpec):
     question = Question(model=model, slo=SLO, traffic=RAG)
     base = Candidate(machine=compose(catalogue, "H100-SXM"))
@@ -256,6 +244,7 @@ def test_every_knob_changes_what_it_says(catalogue: Catalogue, model: ModelSpec)
         changed = change.apply(question, base, catalogue)
         assert changed != (question, base)
         assert (changed[0] != question) == (change.knob == "shared")
+    assert changes("format=int4")[0].knob == "stored", "as the option is called"
     assert len(default_changes(base)) >= 8
     for bad in ("stored=int5", "ratio=2", "ratio=x", "gpu=H100", "n_gpus=0", "colour=red", "disk="):
         with pytest.raises(CacheTuneError):
@@ -352,6 +341,22 @@ def test_a_closed_loop_shows_the_rate_of_its_users_alone(
     assert loop.rate_rps is not None and 0.2 < loop.rate_rps < 0.6  # two users, 5 s each
     row = plan(task_of(question, candidate))
     assert row["capacity_rps"] < 1.0 and "the trace is too short" in row["note"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 30])
+def test_a_trace_of_few_requests_shows_no_rate_that_it_ends_before(
+    n: int, candidate: Candidate, model: ModelSpec, tmp_path: Path
+):
+    """However closely they come: without this the capacity was 1e5 requests/s, for nothing."""
+    write_trace(rag_table(n, Arrivals(rate_rps=1.0), passages=20), tmp_path / "few.jsonl")
+    few = traffic_of(str(tmp_path / "few.jsonl"))
+    slo = Slo(ttft_ms=60_000, tpot_ms=1000)
+    question = Question(model=model, slo=slo, traffic=few, seeds=(0,), kernel_band=False)
+    row = plan(task_of(question, candidate))
+    assert row["at_least"] and row["capacity_rps"] == pytest.approx(max(n / 60, few.rate_rps or 0))
+    assert 1e-4 < row["usd_per_mtok"] < 1e3
+    assert row["note"].startswith(("runs are too short", "at least"))
+    assert ("no more" in row["note"]) == row["note"].startswith("runs are too short")
 
 
 def test_runs_in_which_most_requests_meet_are_called_too_short(
