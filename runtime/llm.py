@@ -270,15 +270,15 @@ class LLM:
         contents: dict[str, Content] = {}
         requests = []
         several = not isinstance(prompts, Prompt | str)
-        prompts = list(prompts) if several else [prompts]  # it may be what can be read once
-        wrong = [p for p in prompts if not isinstance(p, Prompt)]
+        asked: list[Any] = list(prompts) if several else [prompts]  # some can be read only once
+        wrong = [p for p in asked if not isinstance(p, Prompt)]
         if wrong or not several:
             raise WorkloadError(
                 "generate takes a list of prompts",
                 values=type(wrong[0]).__name__ if wrong else "one prompt",
                 remedy="pass [Prompt(chunks=[...], suffix=...)]; a plain text is a suffix",
             )
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(asked):
             self._check_knobs(prompt, number)
             names = []
             for ids in map(tuple, self._texts(prompt.chunks)):

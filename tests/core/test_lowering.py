@@ -68,7 +68,8 @@ def test_more_layers_look_no_oftener_at_each_chunk(
     monkeypatch.setattr(lowering, "n_reads", lambda *sizes: looks.append(sizes) or n_reads(*sizes))
     for n_layers in (4, 32):
         lowered(plan, (64,) * 16, make_model(n_layers=n_layers))
-    assert 0 < len(looks) and looks[: len(looks) // 2] == looks[len(looks) // 2 :]
+    half = len(looks) // 2
+    assert half and looks[:half] == looks[half:]
 
 
 def test_load_bytes_are_whole_sectors_of_a_prefix():
