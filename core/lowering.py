@@ -7,7 +7,7 @@ Both executors run exactly these ops. A prompt is computed in pieces of at most
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -197,16 +197,21 @@ class _Lowering:
         ops = []
         for stage in range(self.plan.pipeline_stages):
             groups = [group for group in self.groups if group.stage == stage]
-            ops += [self._chunk_load(ordinal, groups) for ordinal in sorted(loaded)]
+            whole = _Group(groups[0].start, groups[-1].stop, stage)
+            alike: dict[tuple[int, bool], list[int]] = {}
+            for group in groups:
+                first = alike.setdefault(self._regime(group.start), [group.start, 0])
+                first[1] += group.stop - group.start
+            ops += [self._chunk_load(ordinal, whole, alike.values()) for ordinal in sorted(loaded)]
         # Not by rows: a few in some layers only are less than one per layer.
         return [op for op in ops if op.n_bytes]
 
-    def _chunk_load(self, ordinal: int, groups: Sequence[_Group]) -> Op:
-        whole = _Group(groups[0].start, groups[-1].stop, groups[0].stage)
+    def _chunk_load(self, ordinal: int, whole: _Group, alike: Iterable[Sequence[int]]) -> Op:
+        """`alike`: the first layer of each regime, and how many layers it has."""
         tokens = n_bytes = reads = 0
-        for group in groups:
-            rows = self.decision.n_loaded(ordinal, group.start, self.model.n_layers)
-            size, layers = self._size(rows), group.stop - group.start
+        for start, layers in alike:
+            rows = self.decision.n_loaded(ordinal, start, self.model.n_layers)
+            size = self._size(rows)
             tokens += layers * rows
             n_bytes += layers * size
             reads += layers * n_reads(size, self.plan.request_bytes)

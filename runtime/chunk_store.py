@@ -250,6 +250,10 @@ class ChunkStore:
 
     # Looking up
 
+    def check_fits(self, n_tokens: int, tier: str) -> None:
+        """Raises CapacityError if a chunk of so many tokens is larger than the tier."""
+        self._tier(tier).fits(chunk_bytes(self.model, n_tokens))
+
     def index(
         self,
         order_name: str,

@@ -5,6 +5,7 @@ The time of each part is kept: it is the preparation that other reports leave ou
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from ..core import selectors
 from ..core.chunk_index import ChunkEntry, chain_id, chunk_key, content_id_of
-from ..core.errors import StoreError, WorkloadError
+from ..core.errors import CapacityError, StoreError, WorkloadError
 from ..core.rng import rng
 from .chunk_store import ChunkStore
 from .encoded_kv import EncodedKv
 from .stages import Stages
 from .transformer import Transformer
 from .write_back import WriteBack
+
+log = logging.getLogger(__name__)
 
 LayersScore = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Of K and V `[L, N, HK, D]`: `[N]`, the mean over the layers."""
@@ -106,6 +109,7 @@ class Ingestor:
         tenant: str,
     ) -> tuple[Callable[[], ChunkEntry], int]:
         """A chunk encoded and ranked: what writes it, and the bytes that this holds."""
+        self.store.check_fits(len(token_ids), tier)  # before it is encoded for nothing
         content_id = content_id_of(token_ids)
         started = time.perf_counter()
         ids = torch.tensor(list(token_ids))
@@ -138,6 +142,15 @@ class Ingestor:
             return partial(self.store.put, content_id, k, v, order), k.nbytes + v.nbytes
         blobs = kv.blobs(self.store.shape, order)
         return partial(self.store.put_blobs, content_id, order, lambda: blobs), blobs.nbytes
+
+    def fits(self, n_tokens: int, tier: str) -> bool:
+        """Whether the tier, were it empty, could hold a chunk of so many tokens; tells if not."""
+        try:
+            self.store.check_fits(n_tokens, tier)
+        except CapacityError as e:
+            log.warning("a chunk was not kept: %s", e)
+            return False
+        return True
 
     def kept(self, content_id: str, selector: str, tenant: str = "") -> ChunkEntry | None:
         """The entry of a chunk that was encoded alone, None if the store has none."""

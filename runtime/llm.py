@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..core.chunk_index import content_id_of
-from ..core.errors import CacheTuneError, StoreError, WorkloadError
+from ..core.errors import CacheTuneError, PlanError, StoreError, WorkloadError
 from ..core.metrics import per_request
 from ..core.model_spec import Stored
 from ..core.plan import ReusePlan, TunedPlan
@@ -97,6 +97,12 @@ class LLM:
         stored: Stored = "native",
     ) -> None:
         open_device(device)  # before a model is loaded for it
+        if compute_threads < 1 or ingest not in ("after", "never"):
+            raise PlanError(
+                "an LLM needs one compute thread or more, and ingests after answers or never",
+                values=f"compute_threads={compute_threads}, ingest={ingest!r}",
+                remedy="give a number above 0, and 'after' or 'never'",
+            )
         loaded = model if isinstance(model, LoadedModel) else load_model(model, dtype)
         if stored != "native":
             loaded = loaded.stored_as(stored)
@@ -129,12 +135,20 @@ class LLM:
         """Store a tenant's chunks ahead of time; returns their content ids.
 
         Raises:
+            WorkloadError: a chunk that no prompt could hold, or not of this model's vocabulary.
             StoreError, CapacityError: no space, no permission, larger than the tier.
         """
         self._check_open()
-        texts = [self._ids(chunk) for chunk in chunks]
+        texts = self._texts(chunks)
+        longest = self.runner.spec.max_position - 2  # a prompt has a suffix and an answer too
         for number, ids in enumerate(texts):
             self._check_part(ids, f"chunk {number}")
+            if len(ids) > longest:
+                raise WorkloadError(
+                    f"a chunk must leave room in the model's context, so hold at most {longest}",
+                    values=f"{len(ids)} tokens (chunk {number})",
+                    remedy="cut it into smaller chunks",
+                )
         order = order_of(self.plan)
         return [
             self.runner.ingestor.ingest(
@@ -185,6 +199,12 @@ class LLM:
             return ReusePlan()
         if isinstance(plan, ReusePlan):
             return plan
+        if not isinstance(plan, TunedPlan | str | Path):
+            raise PlanError(
+                "a plan must be a ReusePlan, a TunedPlan or the path of one",
+                values=type(plan).__name__,
+                remedy="make one with ReusePlan(...)",
+            )
         tuned = plan if isinstance(plan, TunedPlan) else TunedPlan.read(plan)
         here = device_here(compute_threads, device).fingerprint()
         differs = tuned.check_fits(here, loaded.fingerprint, allow_mismatch=allow_mismatch)
@@ -196,20 +216,34 @@ class LLM:
         if not self._is_open:
             raise StoreError("an LLM that was closed serves no more", remedy="make another one")
 
-    def _ids(self, text: Text) -> list[int]:
-        if not isinstance(text, str):
-            try:
-                return [index(t) for t in text]
-            except TypeError as e:
-                raise WorkloadError(
-                    "a part must be text or token ids", values=str(e), remedy="pass whole numbers"
-                ) from None
-        if self.tokenizer is None:
+    def _texts(self, chunks: Sequence[Text]) -> list[list[int]]:
+        """Token ids of each chunk. One text is not taken for many of one letter each."""
+        if isinstance(chunks, str | bytes) or not isinstance(chunks, Iterable):
             raise WorkloadError(
-                "text needs a tokenizer", values=repr(text[:40]), remedy="pass tokenizer= or ids"
+                "chunks must be a list of texts or of token ids",
+                values=type(chunks).__name__,
+                remedy="pass [chunk, ...], also for one",
             )
-        encoded = self.tokenizer.encode(text)
-        return list(getattr(encoded, "ids", encoded))
+        return [self._ids(chunk) for chunk in chunks]
+
+    def _ids(self, text: Text) -> list[int]:
+        ids: Any = text
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise WorkloadError(
+                    "text needs a tokenizer", values=repr(text[:40]),
+                    remedy="pass tokenizer= or ids",
+                )  # fmt: skip
+            encoded = self.tokenizer.encode(text)
+            ids = getattr(encoded, "ids", encoded)
+        elif isinstance(text, bytes):  # text that was not decoded, whose bytes are no ids
+            ids = [text]
+        try:
+            return [index(t) for t in ids]
+        except TypeError as e:
+            raise WorkloadError(
+                "a part must be text or token ids", values=str(e), remedy="pass whole numbers"
+            ) from None
 
     def _check_part(self, ids: Sequence[int], what: str) -> None:
         n_vocab = self.runner.spec.vocab_size
@@ -220,25 +254,34 @@ class LLM:
                 remedy="leave empty parts out, and use this model's tokenizer",
             )
 
+    @staticmethod
+    def _check_knobs(prompt: Prompt, number: int) -> None:
+        if not isinstance(prompt.max_tokens, int) or prompt.max_tokens < 1:
+            raise WorkloadError(
+                "max_tokens must be a whole number, at least 1",
+                values=f"{prompt.max_tokens!r} (prompt {number})",
+            )
+        if not isinstance(prompt.tenant, str):
+            raise WorkloadError(
+                "a tenant must be named by a text", values=f"{prompt.tenant!r} (prompt {number})"
+            )
+
     def _workload(self, prompts: Sequence[Prompt]) -> Workload:
         contents: dict[str, Content] = {}
         requests = []
         several = not isinstance(prompts, Prompt | str)
-        wrong = [p for p in (prompts if several else [prompts]) if not isinstance(p, Prompt)]
+        asked: list[Any] = list(prompts) if several else [prompts]  # some can be read only once
+        wrong = [p for p in asked if not isinstance(p, Prompt)]
         if wrong or not several:
             raise WorkloadError(
                 "generate takes a list of prompts",
                 values=type(wrong[0]).__name__ if wrong else "one prompt",
                 remedy="pass [Prompt(chunks=[...], suffix=...)]; a plain text is a suffix",
             )
-        for number, prompt in enumerate(prompts):
-            if prompt.max_tokens < 1:
-                raise WorkloadError(
-                    "max_tokens must be at least 1", values=f"{prompt.max_tokens} (prompt {number})"
-                )
+        for number, prompt in enumerate(asked):
+            self._check_knobs(prompt, number)
             names = []
-            for chunk in prompt.chunks:
-                ids = tuple(self._ids(chunk))
+            for ids in map(tuple, self._texts(prompt.chunks)):
                 self._check_part(ids, f"each chunk of prompt {number}")
                 name = content_id_of(ids)
                 contents.setdefault(name, Content(n_tokens=len(ids), token_ids=ids))

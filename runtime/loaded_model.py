@@ -69,8 +69,14 @@ def load_model(
     Raises:
         ModelError: unknown source, family or RoPE kind.
     """
-    if isinstance(source, nn.Module):
+    if isinstance(source, nn.Module) and hasattr(source, "config"):
         return _wrap(source, type(source).__name__)
+    if not isinstance(source, str | Path):
+        raise ModelError(
+            "the model must be a folder, a shape's name or a causal LM of Hugging Face",
+            values=type(source).__name__,
+            remedy="load it with AutoModelForCausalLM, or name its folder",
+        )
     if dtype not in DTYPE_BYTES:
         raise ModelError(
             f"the dtype must be one of {', '.join(DTYPE_BYTES)}",

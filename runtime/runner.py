@@ -165,7 +165,8 @@ class Runner:
     ) -> None:
         """Have every content of `workload` in `tier`, in the order `plan` needs.
 
-        With `only_missing`, chunks that are kept stay in the tier they are in.
+        With `only_missing`, chunks that are kept stay in the tier they are in, and those larger
+        than `tier` are left out.
         """
         order = order_of(plan)
         texts = [c.token_ids for c in workload.contents.values() if c.token_ids is not None]
@@ -174,6 +175,8 @@ class Runner:
             entry = self.ingestor.kept(content_id, order, tenant)
             if entry is not None and (only_missing or self.store.place_if_sound(entry.key, tier)):
                 continue
+            if only_missing and not self.ingestor.fits(content.n_tokens, tier):
+                continue  # the others are kept all the same
             if content.token_ids is None:
                 raise WorkloadError(
                     "a workload that is run for real needs token ids",

@@ -6,6 +6,7 @@ import itertools
 import random
 
 import pytest
+from cachetune.core import lowering
 from cachetune.core.decision import ReuseDecision
 from cachetune.core.layout import n_reads, read_bytes
 from cachetune.core.lowering import lower
@@ -55,6 +56,20 @@ def test_one_prompt_as_a_table():
         ("head", "compute", 4, 4, 1),
     ]
     assert [op.deps for op in ops] == [(), (0,), (1,), (), (3,), (4, 2), (5,)]
+
+
+@pytest.mark.parametrize("load_order", ["layer", "chunk"])
+@pytest.mark.parametrize("policy", ["cachetune", "cacheblend"])
+def test_more_layers_look_no_oftener_at_each_chunk(
+    load_order: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of one regime are alike, and a prompt of many chunks waits for this."""
+    plan, looks = plan_of(0.5, 0.25, load_order=load_order, policy=policy), []
+    monkeypatch.setattr(lowering, "n_reads", lambda *sizes: looks.append(sizes) or n_reads(*sizes))
+    for n_layers in (4, 32):
+        lowered(plan, (64,) * 16, make_model(n_layers=n_layers))
+    half = len(looks) // 2
+    assert half and looks[:half] == looks[half:]
 
 
 def test_load_bytes_are_whole_sectors_of_a_prefix():

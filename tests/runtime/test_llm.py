@@ -8,11 +8,19 @@ from typing import Any
 import pytest
 import torch
 from cachetune.core.chunk_index import content_id_of
-from cachetune.core.errors import PlanError, StoreError, WorkloadError
+from cachetune.core.errors import (
+    CacheTuneError,
+    CapacityError,
+    PlanError,
+    StoreError,
+    WorkloadError,
+)
 from cachetune.core.plan import RatioRule, ReusePlan, TunedPlan
 from cachetune.runtime.llm import LLM, Completion, Prompt
 from cachetune.runtime.loaded_model import LoadedModel
 from cachetune.runtime.machine import device_here
+from cachetune.runtime.tiers import TierConfig
+from torch import nn
 
 from . import model_cases as cases
 from .model_cases import plan_with, tokens
@@ -248,11 +256,72 @@ def test_objects_on_one_model_leave_nothing_on_it(loaded: LoadedModel) -> None:
         ("a text", "list of prompts, got str"),
         (IDS, "list of prompts, got one prompt"),
         ([Prompt([[1.5, 2]], [3])], "token ids, got 'float'"),
+        ([Prompt("a text", [3])], "list of texts or of token ids, got str"),
+        ([Prompt(None, [3])], "list of texts or of token ids, got NoneType"),  # type: ignore[arg-type]
+        ([Prompt([b"abc"], [3])], "token ids, got 'bytes'"),
+        ([Prompt([], [3], max_tokens=2.5)], "whole number, at least 1, got 2.5"),  # type: ignore[arg-type]
+        ([Prompt([], [3], tenant=None)], "named by a text, got None"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_prompt_is_refused(loaded: LoadedModel, prompts: Any, says: str) -> None:
     with LLM(loaded) as llm, pytest.raises(WorkloadError, match=says):
         llm.generate(prompts)
+
+
+def test_prompts_may_be_what_can_be_read_once(loaded: LoadedModel) -> None:
+    with LLM(loaded) as llm:
+        once: Any = (Prompt([], tokens(n), max_tokens=1) for n in (3, 4))
+        assert [c.n_prompt_tokens for c in llm.generate(once)] == [3, 4]
+
+
+def test_one_text_is_not_taken_for_many_chunks(loaded: LoadedModel) -> None:
+    with LLM(loaded, tokenizer=Letters()) as llm:
+        with pytest.raises(WorkloadError, match="pass \\[chunk"):
+            llm.ingest("a passage")
+        assert len(llm.runner.store.index("low_pass")) == 0
+
+
+def test_a_chunk_that_no_prompt_could_hold_is_refused(loaded: LoadedModel) -> None:
+    with LLM(loaded) as llm:
+        with pytest.raises(WorkloadError, match="at most 1022, got 1023 tokens"):
+            llm.ingest([tokens(1023)])
+        llm.ingest([tokens(1022)])
+        found = llm.generate([Prompt([tokens(1022)], tokens(1), max_tokens=1)])
+        assert found[0].n_reused_tokens == 1022
+
+
+def test_a_chunk_larger_than_its_tier_keeps_no_other_out(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it encoded for nothing at every answer."""
+    large, *others = tokens(600), tokens(40), tokens(33)
+    prompt = Prompt([large, *others], tokens(2), max_tokens=1)
+    with LLM(loaded, tiers=[TierConfig("dram", "dram", capacity_bytes=200_000)]) as llm:
+        llm.generate([prompt])
+        again = llm.generate([prompt])[0]
+        assert again.n_reused_tokens > 0
+        assert len(llm.runner.store.index("low_pass")) == 2
+        monkeypatch.setattr(llm.runner.ingestor.transformer, "encode", None)
+        llm.generate([prompt])
+        with pytest.raises(CapacityError, match="fit into its tier"):
+            llm.ingest([large])
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs", "says"),
+    [
+        (5, {}, "a causal LM of Hugging Face, got int"),
+        (nn.Linear(2, 2), {}, "a causal LM of Hugging Face, got Linear"),
+        (None, {"plan": {"policy": "epic"}}, "path of one, got dict"),
+        (None, {"compute_threads": 0}, "compute_threads=0"),
+        (None, {"ingest": "befor"}, "ingest='befor'"),
+    ],
+)
+def test_what_it_cannot_be_made_of_is_refused(
+    loaded: LoadedModel, model: Any, knobs: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(CacheTuneError, match=says):
+        LLM(loaded if model is None else model, **knobs)
 
 
 def test_a_closed_one_says_so(loaded: LoadedModel) -> None:

@@ -49,7 +49,7 @@ def test_a_prompt_larger_than_the_kv_capacity(loaded: Any, tmp_path: Path) -> No
         ([Prompt([[1]], [])], "the suffix of prompt 0 must hold at least one token"),
         ([Prompt([[1]], [2]), Prompt([[1, 256]], [2])], r"prompt 1 .* 0\.\.255, got ids from 1"),
         ([Prompt([[1]], [-1])], r"0\.\.255"),
-        ([Prompt([[1]], [1], max_tokens=0)], "max_tokens must be at least 1"),
+        ([Prompt([[1]], [1], max_tokens=0)], "max_tokens must be a whole number, at least 1"),
         ([Prompt(["text"], [1])], "needs a tokenizer"),
     ],
 )
