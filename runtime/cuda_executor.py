@@ -199,9 +199,10 @@ class CudaExecutor(WorkerExecutor):
             task.keep.clear()
             task.deps, task.sessions = [], ()
             self._places[lane].release()
+            # Told first: what follows may be told by other threads before this one goes on.
+            self._done(span)
             del self._tasks[task.op.op_id]
             task.ended.set()
-            self._done(span)
 
     def _outcome(self, task: _Task) -> Outcome:
         made = task.made[0] if task.made else NOTHING

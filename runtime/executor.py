@@ -309,8 +309,9 @@ class CpuExecutor(WorkerExecutor):
                 start_ns = self.now_ns()
                 outcome = self._run(op)
                 end_ns = self.now_ns()
-                self._ended.pop(op.op_id).set()
+                # Told first: what follows may end before this thread goes on.
                 self._done(Span(op, seq, submit_ns, start_ns, end_ns, outcome))
+                self._ended.pop(op.op_id).set()
         except BaseException as e:
             self._fail(e)
 
