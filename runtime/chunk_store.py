@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -78,7 +78,7 @@ class ChunkStore:
         self.model = model
         self.shape = Geometry.of(model)
         self.counters = Counters()
-        self._fingerprint = model_fingerprint
+        self.fingerprint = model_fingerprint
         self._memory = memory
         self._devices = devices or DeviceMemory(lambda: [(model.n_layers, CPU)])
         self._folder = self.root / "chunks"
@@ -101,7 +101,7 @@ class ChunkStore:
     def _open(self, tiers: Sequence[TierConfig]) -> None:
         files, alone = FileMedium(self._folder), self._owners.alone
         self.tiers = {config.name: StoreTier(config, files) for config in tiers}
-        identity = identity_of(self.model, self._fingerprint)
+        identity = identity_of(self.model, self.fingerprint)
         index = StoreIndex(self.root / "index.sqlite", identity, alone=alone)
         self._index = index
         self.repairs = dict.fromkeys(REPAIRS, 0)
@@ -110,7 +110,7 @@ class ChunkStore:
             if alone:
                 dead = index.claims()
                 found = Scan(
-                    self._folder, index, self.model, self._fingerprint, self.tiers,
+                    self._folder, index, self.model, self.fingerprint, self.tiers,
                     self._known_tiers,
                 )  # fmt: skip
                 found.run()
@@ -180,7 +180,7 @@ class ChunkStore:
         order = check_order(order)
         n_tokens = order.numel()
         key = chunk_key(
-            content_id, model=self._fingerprint, order=order_name, dtype=self.model.stored_dtype,
+            content_id, model=self.fingerprint, order=order_name, dtype=self.model.stored_dtype,
             tenant=tenant, chain=chain,
         )  # fmt: skip
         catalog = self._catalog
@@ -191,7 +191,7 @@ class ChunkStore:
                 return there.entry
             with self.room.take(key, where, chunk_bytes(self.model, n_tokens)):
                 meta = ChunkMeta(
-                    key, content_id, n_tokens, self._fingerprint,
+                    key, content_id, n_tokens, self.fingerprint,
                     (self.model.n_layers, self.model.n_kv_heads, self.model.head_dim),
                     self.model.stored_dtype, kind, chain, order_name, _tenant_id(tenant), tier,
                 )  # fmt: skip
@@ -255,12 +255,9 @@ class ChunkStore:
         self._tier(tier).fits(chunk_bytes(self.model, n_tokens))
 
     def index(
-        self,
-        order_name: str,
-        tenant: str = "",
-        tier: str | None = None,
+        self, order_name: str, tenant: str = "", tier: str | None = None,
         into: ChunkIndex | None = None,
-    ) -> ChunkIndex:
+    ) -> ChunkIndex:  # fmt: skip
         """The tenant's chunks stored in that order, least recently used first, for a policy.
 
         With `tier`, every one of them is placed there first; those that do not fit into its
@@ -288,6 +285,13 @@ class ChunkStore:
                 index.add(kept.entry, tenant)
         return index
 
+    def entries(self, keys: Iterable[str]) -> list[ChunkEntry]:
+        """Those of the chunks called `keys` that are kept."""
+        with self._catalog.changed:
+            self._catalog.refresh()
+            found = map(self._catalog.kept.get, keys)
+            return [kept.entry for kept in found if kept is not None]
+
     def entry(self, key: str) -> ChunkEntry:
         """The chunk called `key`.
 
@@ -308,15 +312,9 @@ class ChunkStore:
     # Reading
 
     def read(
-        self,
-        key: str,
-        layer_start: int,
-        layer_stop: int,
-        n_rows_by_layer: Sequence[int],
-        request_bytes: int,
-        tier: str | None = None,
-        order: Tensor | None = None,
-    ) -> LayerRows:
+        self, key: str, layer_start: int, layer_stop: int, n_rows_by_layer: Sequence[int],
+        request_bytes: int, tier: str | None = None, order: Tensor | None = None,
+    ) -> LayerRows:  # fmt: skip
         """The first rows of layers `layer_start` to `layer_stop - 1`, verified. Blocks.
 
         Several threads may read at once. Each layer is one run of requests.

@@ -21,9 +21,10 @@ from ..core.policies import order_of
 from ..core.workload import Content, Request, Workload
 from .device import open_device
 from .loaded_model import LoadedModel, load_model
+from .lookup import index_for
 from .machine import device_here
 from .rope_gate import check_rope
-from .runner import Runner, RunResult, tenants_of
+from .runner import Runner, RunResult
 from .tiers import TierConfig
 
 log = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class LLM:
         self._check_open()
         workload = self._workload(prompts)
         stop = None if ignore_eos else self._stop_token()
-        index = self.runner.index(self.plan, tenants=tenants_of(workload))
+        index = index_for(self.runner.store, order_of(self.plan), workload.requests)
         result = self.runner.serve(workload, self.plan, index, stop_token=stop)
         if self.ingest_when == "after":
             self._ingest_missed(workload)

@@ -34,6 +34,15 @@ def test_what_leaves(eviction: EvictionName, left: set[str]) -> None:
     index.check_integrity()
 
 
+def test_cost_is_what_a_byte_saves() -> None:
+    """Of two used alike the larger one goes, though it saves more: its bytes save less each."""
+    index = ChunkIndex({"dram": 500}, "cost")
+    for e in (entry("small", n_bytes=100, flops=100.0), entry("large", n_bytes=400, flops=200.0)):
+        index.add(e)
+    index.lookup(["small", "large"])
+    assert index.add(entry("new", n_bytes=50)) == [entry("large", n_bytes=400, flops=200.0)]
+
+
 def test_what_was_popular_once_does_not_stay_for_ever() -> None:
     """The floor rises with each eviction, so a chunk that is not used any more goes."""
     index = ChunkIndex({"dram": 300}, "cost")

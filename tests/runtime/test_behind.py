@@ -16,6 +16,7 @@ from cachetune.core.plan import ReusePlan
 from cachetune.core.units import MIB
 from cachetune.runtime.hot_path import hot_path
 from cachetune.runtime.llm import LLM, Prompt
+from cachetune.runtime.lookup import index_for
 from cachetune.runtime.prefetch import LiveIndex, Prefetcher
 from cachetune.runtime.runner import Runner
 from cachetune.runtime.tiers import TierConfig
@@ -168,10 +169,42 @@ def test_the_path_of_a_hit_is_short(policy: str) -> None:
     assert min(hot_path(shape_8b(), plan, n_repeats=15).median_ms for _ in range(3)) < 10.0
 
 
-def test_the_path_of_a_hit_grows_with_its_chunks_not_with_the_store(tmp_path: Path) -> None:
-    few = min(hot_path(shape_8b(), ReusePlan(), n_chunks=16, n_repeats=9).median_ms for _ in "ab")
-    many = min(hot_path(shape_8b(), ReusePlan(), n_chunks=64, n_repeats=9).median_ms for _ in "ab")
-    assert many < 8 * few
-    start = time.perf_counter()
-    hot_path(shape_8b(), ReusePlan(), n_chunks=1, n_repeats=1)
-    assert time.perf_counter() - start < 1
+class Unlisted(dict[str, Any]):
+    """Finds by key, but cannot be gone through: that would take as long as the store is large."""
+
+    def _refuse(self) -> Any:
+        raise AssertionError("the whole store is gone through")
+
+    __iter__ = keys = values = items = _refuse
+
+
+def test_a_hit_does_not_go_through_the_store(loaded: Any, tmp_path: Path) -> None:
+    prompt = Prompt((tokens(40), tokens(33), tokens(64)), tokens(12), 3)
+    with LLM(loaded, PLAN, store_dir=tmp_path) as llm:
+        llm.ingest([tokens(20 + i) for i in range(8)])
+        llm.generate([prompt])
+        catalog = llm.runner.store._catalog
+        catalog.kept = Unlisted(catalog.kept)
+        assert llm.generate([prompt], ignore_eos=True)[0].n_reused_tokens == 40 + 24 + 45
+        catalog.kept = dict(dict.items(catalog.kept))
+
+
+def test_what_prompts_may_use_is_found_by_key(loaded: Any, tmp_path: Path) -> None:
+    """As in the list of all: alone, behind what stands before, and of the tenant's own."""
+    first, second, third = tokens(40), tokens(33), tokens(24)
+    with Runner(loaded, tmp_path, cases.TIERS) as runner:
+        for tenant in ("red", ""):
+            runner.ingestor.ingest(first, selector="low_pass", tier="file", tenant=tenant)
+        runner.ingestor.ingest(third, selector="chunk_start", tier="file")
+        runner.ingestor.ingest_prefix([first, second], selector="low_pass", tier="file")
+        listed = runner.index(PLAN)
+        for parts, kinds in (
+            ((first, second, third), ["prefix", "prefix", None]),
+            ((second, first, third), [None, "isolated", None]),
+        ):
+            request = prompt_workload([(*parts, tokens(8))]).requests[0]
+            found = index_for(runner.store, "low_pass", [request]).lookup(request.chunks)
+            assert [entry and entry.kind for entry in found] == kinds
+            assert found == listed.lookup(request.chunks)
+            blue = index_for(runner.store, "low_pass", [request.replace(tenant="blue")])
+            assert len(blue) == 0
