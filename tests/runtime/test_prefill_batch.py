@@ -10,6 +10,7 @@ import torch
 from cachetune.core.plan import ReusePlan
 from cachetune.runtime.chunk_store import ChunkStore
 from cachetune.runtime.runner import Runner
+from cachetune.runtime.session import Session
 from cachetune.simulator.executor import SimExecutor
 from fake_cuda import FakeCuda
 from support import make_profile
@@ -104,8 +105,16 @@ def test_a_chunk_that_fails_leaves_the_others_alone(
                 raise ChunkCorrupt(key, "flipped")
             return read(self, key, *args)  # type: ignore[arg-type]
 
+        enter, entered = Session.enter, []
+
+        def noted(self: Session, *args: object) -> object:
+            entered.append(self.failed)
+            return enter(self, *args)  # type: ignore[arg-type]
+
         monkeypatch.setattr(ChunkStore, "read", fails)
+        monkeypatch.setattr(Session, "enter", noted)
         result = runner.serve(workload, plan, index)
+        assert entered and not any(entered)  # nothing is computed in vain
         assert result.n_fallbacks == 1
         assert result.token_ids[1] == want[1]
         assert {len(made) for made in result.token_ids.values()} == {3}
