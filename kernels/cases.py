@@ -246,9 +246,12 @@ def _make_decode(
     pages_of = [torch.randperm(pool, generator=generator)[:pages] for _ in range(batch)]
     offsets = torch.arange(32).repeat(pool, 1)
     offsets[1::3, 5::7] = -1  # slots without a token
+    if pages > 1:
+        offsets[pages_of[0][0]] = -1  # and a page without any, which its sequence sees first
     counts = pages - torch.arange(batch) % 3
     counts[-1] = pages if batch == 1 else 0
     near = (window - torch.arange(batch)).clamp(min=0)
+    near[-1] *= batch == 1  # with no page either: a sequence that sees nothing
     pairs = (rotary_dim or head_dim) // 2
     inv_freq = ROPE_BASE ** -(torch.arange(pairs) / pairs)
     tables = reference.rope_tables(inv_freq, torch.arange(32 * pages))

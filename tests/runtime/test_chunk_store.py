@@ -61,6 +61,23 @@ def test_a_prefix_of_rows_costs_what_the_layout_says(store: ChunkStore, tier: st
             assert torch.equal(rows.v(layer), chunk.v[layer][chunk.order[:n]])
 
 
+def test_a_read_of_a_limited_tier_lasts_until_its_last_slot_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one so short that the waits between its requests are left out."""
+    tiers = (cases.TierConfig("slow", "file", limit_bytes_per_s=1e9),)
+    store, chunk = cases.open_store(tmp_path, tiers=tiers), cases.make_chunk(cases.make_model(), N)
+    key = cases.put(store, "a", chunk, "slow")
+    link, ends, waited = store.tiers["slow"].limiter, [], []
+    assert link is not None
+    reserve = link.reserve
+    monkeypatch.setattr(link, "reserve", lambda *a: ends.append(reserve(*a)) or ends[-1])
+    monkeypatch.setattr(link, "wait", waited.append)
+    store.read(key, 0, 3, [N, 1, N], 4096)
+    assert len(ends) > 3 and waited == ends[-1:]
+    store.close()
+
+
 def test_layers_in_the_middle(store: ChunkStore) -> None:
     chunk = cases.make_chunk(store.model, N)
     rows = store.read(cases.put(store, "a", chunk), 1, 2, [40], 8192)

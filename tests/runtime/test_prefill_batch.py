@@ -10,6 +10,7 @@ import torch
 from cachetune.core.plan import ReusePlan
 from cachetune.runtime.chunk_store import ChunkStore
 from cachetune.runtime.runner import Runner
+from cachetune.runtime.session import Session
 from cachetune.simulator.executor import SimExecutor
 from fake_cuda import FakeCuda
 from support import make_profile
@@ -86,14 +87,14 @@ def test_a_chunk_that_fails_leaves_the_others_alone(
     """The request that lost a chunk starts again; those of its batch go on."""
     loaded, _ = make_twins("llama")
     with Runner(loaded, tmp_path, TIERS) as runner:
-        workload = prompt_workload([[tokens(40, i), tokens(12, i + 9)] for i in range(3)], 3)
+        workload = prompt_workload([[tokens(40, i), tokens(12, i + 9)] for i in range(5)], 3)
         plan = plan_with("cachetune", 0.3, prefill_batch=3)
         want = served(runner, workload, plan_with("full_recompute")).token_ids
         plan = plan.replace(rules=plan_with("cachetune", 1.0).rules)
         runner.prepare(workload, plan, "file")
         plan = plan_with("cachetune", 0.0, 0.0, prefill_batch=3)
         index = runner.index(plan, "file")
-        bad = runner.ingestor.kept(workload.requests[1].chunks[0], "low_pass")
+        bad = runner.ingestor.kept(workload.requests[3].chunks[0], "low_pass")
         assert bad is not None
         read = ChunkStore.read
 
@@ -104,11 +105,20 @@ def test_a_chunk_that_fails_leaves_the_others_alone(
                 raise ChunkCorrupt(key, "flipped")
             return read(self, key, *args)  # type: ignore[arg-type]
 
+        enter, entered = Session.enter, []
+
+        def noted(self: Session, *args: object) -> object:
+            entered.append(self.failed)
+            return enter(self, *args)  # type: ignore[arg-type]
+
         monkeypatch.setattr(ChunkStore, "read", fails)
+        monkeypatch.setattr(Session, "enter", noted)
         result = runner.serve(workload, plan, index)
+        batches = [s.op.request_ids for s in result.timeline.spans if s.op.parts]
+        assert any(3 in batch for batch in batches)  # the first requests begin by themselves
+        assert entered and not any(entered)  # nothing is computed in vain
         assert result.n_fallbacks == 1
-        assert result.token_ids[1] == want[1]
-        assert {len(made) for made in result.token_ids.values()} == {3}
+        assert result.token_ids == want
 
 
 def test_the_simulator_takes_batches(runner: Runner) -> None:
