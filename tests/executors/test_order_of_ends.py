@@ -28,8 +28,9 @@ def test_what_follows_an_op_is_not_told_before_it(
             time.sleep(0.3)
         tell(self, span)
 
-    workload, plan = prompt_workload([[tokens(40), tokens(33), tokens(9)]], 3), plan_with(
-        "cachetune", 0.3, layer_group=1
+    workload, plan = (
+        prompt_workload([[tokens(40), tokens(33), tokens(9)]], 3),
+        plan_with("cachetune", 0.3, layer_group=1),
     )
     with Runner(
         make_twins("llama")[0], tmp_path, TIERS, device=FakeCuda() if device == "fake" else device,
